@@ -1,0 +1,1 @@
+"""Backends, imported as `kvmlx.backends`: one array framework each."""

@@ -1,0 +1,5 @@
+"""`python -m kvmlx.cli`."""
+
+from kvmlx.cli import main
+
+main()

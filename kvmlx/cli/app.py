@@ -1,0 +1,194 @@
+"""The commands and their flags. What they do is in the modules beside this one, imported when needed."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+
+class Commands(TyperGroup):
+    """All commands; an error that the user can mend becomes one line and exit code 2."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            from kvmlx.cli.output import error_line, print_error
+
+            line = error_line(error)
+            if line is None:
+                raise
+            print_error(line)
+            raise typer.Exit(2) from error
+
+
+class StockCommand(TyperCommand):
+    """A command of mlx-lm with flags of ours in front; its help shows both."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from kvmlx.cli.stock import stock_help
+
+        print(stock_help(ctx.info_name or ""), end="")
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+STOCK: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv", metavar="STRATEGY", help="How the cache is compressed, e.g. 'snapkv(budget=0.25) | int4'."
+    ),
+]
+Dtype = Annotated[
+    DType | None, typer.Option(help="Run the model in this type; float32 is the fast one on a CPU.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH|REPO|demo", help="Any model of mlx-lm: a folder, a Hub repository, or `demo`."
+    ),
+]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from kvmlx import __version__
+
+        print(f"kvmlx {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compress the KV cache of language models.
+
+    `generate`, `chat`, `server` and `cache_prompt` are mlx-lm's commands, with all their flags, and `--kv`.
+    """
+
+
+@app.command(cls=StockCommand, context_settings=STOCK)
+def generate(ctx: typer.Context, kv: Kv = None, dtype: Dtype = None, as_json: Json = False) -> None:
+    """Answer a prompt, then say in one line what the cache held.
+
+    Takes every flag of `mlx_lm.generate`; `--model demo` is the demo model.
+    """
+    from kvmlx.cli.stock import Stock
+
+    Stock("generate", ctx.args, kv=kv, dtype=_name(dtype), as_json=as_json).run()
+
+
+@app.command(cls=StockCommand, context_settings=STOCK)
+def chat(ctx: typer.Context, kv: Kv = None, dtype: Dtype = None) -> None:
+    """Chat, and see the cache grow.
+
+    Takes every flag of `mlx_lm.chat`; `--model demo` is the demo model.
+    """
+    from kvmlx.cli.stock import Stock
+
+    Stock("chat", ctx.args, kv=kv, dtype=_name(dtype)).run()
+
+
+@app.command(cls=StockCommand, context_settings=STOCK)
+def server(ctx: typer.Context, kv: Kv = None, dtype: Dtype = None) -> None:
+    """Serve the OpenAI HTTP API.
+
+    Takes every flag of `mlx_lm.server`; `--model demo` is the demo model.
+    """
+    from kvmlx.cli.stock import Stock
+
+    Stock("server", ctx.args, kv=kv, dtype=_name(dtype)).run()
+
+
+@app.command("cache_prompt", cls=StockCommand, context_settings=STOCK)
+def cache_prompt(ctx: typer.Context, kv: Kv = None, dtype: Dtype = None, as_json: Json = False) -> None:
+    """Save the compressed cache of a prompt, for `kvmlx generate --prompt-cache-file`.
+
+    Takes every flag of `mlx_lm.cache_prompt`; `--model demo` is the demo model.
+    """
+    from kvmlx.cli.stock import Stock
+
+    Stock("cache_prompt", ctx.args, kv=kv, dtype=_name(dtype), as_json=as_json).run()
+
+
+@app.command()
+def demo(
+    model: Model = "demo",
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kv", metavar="STRATEGY", help="A strategy to show beside the full cache; give it repeatedly."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=256, help="Length of the text in tokens.")] = 2048,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a real model about a long text: the answer, the bytes held, the speed.
+
+    Exits with 1 if the full cache gives the right answer and a compressed one does not.
+    """
+    from kvmlx.cli.demo import run_demo
+
+    raise typer.Exit(run_demo(model, kv or [], tokens=tokens, dtype=_name(dtype), as_json=as_json))
+
+
+@app.command()
+def strategies(
+    name: Annotated[str | None, typer.Argument(help="Show one stage or preset only.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the stages that a strategy is made of."""
+    from kvmlx.cli.strategies import show_strategies
+
+    show_strategies(name, as_json=as_json)
+
+
+@app.command()
+def explain(
+    strategy: Annotated[str, typer.Argument(help="A strategy, e.g. 'snapkv(budget=0.25) | int4'.")],
+    model: Model = "demo",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 8192,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Type of the exact rows; else what the config says.")
+    ] = None,
+    prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens processed at a time.")] = 2048,
+    as_json: Json = False,
+) -> None:
+    """Say what a strategy will hold, layer by layer, before any weights are loaded."""
+    from kvmlx.cli.explain import show_explanation
+
+    show_explanation(strategy, model, context, dtype=_name(dtype), step=prefill_step_size, as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has: versions, backends, kernels, speed."""
+    from kvmlx.cli.doctor import show_doctor
+
+    show_doctor(as_json=as_json)
+
+
+def _name(dtype: DType | None) -> str | None:
+    return dtype.value if dtype else None

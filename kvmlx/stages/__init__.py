@@ -1,0 +1,1 @@
+"""The stages of a strategy, one folder a kind and one file a method."""

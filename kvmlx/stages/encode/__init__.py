@@ -1,0 +1,1 @@
+"""Encode: how kept rows are stored."""

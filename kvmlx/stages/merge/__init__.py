@@ -1,0 +1,1 @@
+"""What becomes of the rows that leave: one file a method."""

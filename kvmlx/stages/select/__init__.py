@@ -1,0 +1,1 @@
+"""Which rows stay: one file a method."""

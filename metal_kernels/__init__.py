@@ -1,0 +1,1 @@
+"""Metal kernels, imported as `kvmlx.metal_kernels`: sources and their loader."""

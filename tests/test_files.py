@@ -1,0 +1,760 @@
+"""Cache files: what is saved comes back exactly; whatever else a file holds is refused, never believed."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import os
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import kvmlx
+from kvmlx import CacheFileError, files
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm.models import cache as stock  # noqa: E402
+from mlx_lm.models import llama  # noqa: E402
+
+from kvmlx.backends.mlx import KVMLXCache, install  # noqa: E402
+
+STRATEGIES = {
+    "full": "full",
+    "int4": "int4(sinks=2, recent=8)",
+    "snapkv-int4": "snapkv(budget=0.25, sinks=2, recent=16, window=16) | int4(sinks=2, recent=8)",
+    "h2o-adakv": "h2o(budget=0.25, sinks=2, recent=8) | adakv",
+    "snapkv-keepkv": "snapkv(budget=0.25, sinks=2, recent=32, window=16) | keepkv",
+    "expected_attention": "expected_attention(budget=0.25, sinks=2, recent=8)",
+}
+every_strategy = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
+PROMPT = 150
+
+
+def tiny_model(n_layers: int = 2, **changed: Any) -> Any:
+    args = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": n_layers,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": 97,
+    }
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs(**(args | changed)))
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+def tokens(n: int, seed: int = 0, batch: int = 1) -> Any:
+    return mx.array(np.random.default_rng(seed).integers(0, 97, (batch, n)))
+
+
+def prefill(model: Any, caches: list[Any], n: int = PROMPT, seed: int = 0) -> list[Any]:
+    prompt = tokens(n, seed)
+    for start, stop in ((0, 64), (64, n - 1), (n - 1, n)):
+        mx.eval(model(prompt[:, start:stop], cache=caches))
+    return caches
+
+
+def compressed(model: Any, strategy: str, n: int = PROMPT, *, settled: bool = True) -> list[Any]:
+    caches = prefill(model, kvmlx.make_prompt_cache(model, strategy), n)
+    if settled:
+        kvmlx.settle(caches)
+    return caches
+
+
+def generate(model: Any, caches: list[Any], batch: int = 1, steps: int = 40) -> np.ndarray:
+    """Return the logits of decoding fixed tokens: equal logits are equal tokens, whatever the sampler."""
+    out = []
+    for token in tokens(steps, 7, batch).T:
+        out.append(model(token[:, None], cache=caches)[:, -1])
+        mx.eval(out[-1])
+    return np.array(mx.stack(out))
+
+
+def same_arrays(a: list[Any], b: list[Any]) -> None:
+    for x, y in zip(a, b, strict=True):
+        mine, theirs = x.layer.arrays(), y.layer.arrays()
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert mine[name].dtype == theirs[name].dtype
+            assert bool(mx.array_equal(mine[name], theirs[name], equal_nan=True)), name
+
+
+# -- what is saved comes back --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settled", [True, False], ids=["settled", "mid-prompt"])
+@every_strategy
+def test_generation_goes_on_as_from_the_original(
+    model: Any, strategy: str, settled: bool, tmp_path: Path
+) -> None:
+    caches = compressed(model, strategy, settled=settled)
+    own, plain = tmp_path / "cache.safetensors", tmp_path / "stock.safetensors"
+    kvmlx.save_prompt_cache(own, caches, {"model": "tiny", "ключ": "å\n"})
+    stock.save_prompt_cache(str(plain), caches, {"model": "tiny"})
+    loaded, metadata = kvmlx.load_prompt_cache(own, model=model, return_metadata=True)
+    assert metadata == {"model": "tiny", "ключ": "å\n"}
+    same_arrays(caches, loaded)
+    if settled:
+        assert kvmlx.report(loaded) == kvmlx.report(caches)
+        if strategy != "full":
+            assert kvmlx.report(loaded).kept_tokens < PROMPT or "int4" in strategy
+    others = [loaded, stock.load_prompt_cache(str(plain)), kvmlx.load_prompt_cache(plain, model=model)]
+    expected = generate(model, caches)
+    for other in others:
+        assert np.array_equal(generate(model, other), expected)
+
+
+@every_strategy
+def test_a_batch_of_unequal_prompts_comes_back(model: Any, strategy: str, tmp_path: Path) -> None:
+    singles = [compressed(model, strategy, n) for n in (PROMPT, 101)]
+    caches = [KVMLXCache.merge(list(pair)) for pair in zip(*singles, strict=True)]
+    path = tmp_path / "batch"
+    kvmlx.save_prompt_cache(path, caches)
+    loaded = kvmlx.load_prompt_cache(path, model=model)
+    same_arrays(caches, loaded)
+    assert loaded[0].batched and loaded[0].offset.tolist() == [PROMPT, 101]
+    assert np.array_equal(generate(model, loaded, 2), generate(model, caches, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_models_dtype_comes_back(dtype: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    model.set_dtype(getattr(mx, dtype))
+    caches = compressed(model, STRATEGIES["h2o-adakv"])
+    kvmlx.save_prompt_cache(tmp_path / "c", caches)
+    loaded = kvmlx.load_prompt_cache(tmp_path / "c", model=model)
+    same_arrays(caches, loaded)
+    assert str(loaded[0].layer.store.keys.dtype).endswith(dtype)
+
+
+def test_an_empty_cache_comes_back(model: Any, tmp_path: Path) -> None:
+    kvmlx.save_prompt_cache(tmp_path / "c", kvmlx.make_prompt_cache(model, "int4"))
+    loaded = kvmlx.load_prompt_cache(tmp_path / "c", model=model)
+    assert all(cache.empty() for cache in loaded)
+    fresh = kvmlx.make_prompt_cache(model, "int4")
+    assert np.array_equal(generate(model, loaded), generate(model, fresh))
+
+
+def test_layers_that_stay_stock_come_back(tmp_path: Path) -> None:
+    model = tiny_model(
+        3, layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=32
+    )
+    caches = compressed(model, STRATEGIES["snapkv-int4"])
+    assert [type(c).__name__ for c in caches] == ["KVMLXCache", "RotatingKVCache", "KVMLXCache"]
+    kvmlx.save_prompt_cache(tmp_path / "c", caches)
+    loaded = kvmlx.load_prompt_cache(tmp_path / "c", model=model)
+    assert np.array_equal(generate(model, loaded), generate(model, caches))
+
+
+def filled(cache: Any, batch: int = 1) -> Any:
+    rows = mx.random.normal((batch, 2, 20, 64)).astype(mx.bfloat16)
+    cache.update_and_fetch(rows, rows)
+    return cache
+
+
+def stock_caches() -> Iterator[Any]:
+    mx.random.seed(1)
+    arrays = stock.ArraysCache(2, left_padding=[1, 0])
+    arrays[0], arrays[1] = mx.random.normal((2, 3)), mx.zeros((2, 0))
+    yield filled(stock.KVCache())
+    yield stock.KVCache()
+    yield filled(stock.RotatingKVCache(max_size=8, keep=2))
+    yield filled(stock.QuantizedKVCache(group_size=64, bits=4))
+    yield filled(stock.ChunkedKVCache(16))
+    yield filled(stock.BatchKVCache([3, 0]), 2)
+    yield filled(stock.BatchRotatingKVCache(8, [3, 0]), 2)
+    yield arrays
+    yield stock.CacheList(filled(stock.KVCache()), stock.CacheList(filled(stock.RotatingKVCache(8)), arrays))
+
+
+def same_state(a: Any, b: Any) -> None:
+    mine, theirs = (tree_flatten(c.state) for c in (a, b))
+    assert type(a) is type(b) and [k for k, _ in mine] == [k for k, _ in theirs]
+    for (_, x), (_, y) in zip(mine, theirs, strict=True):
+        if isinstance(x, mx.array):
+            assert x.dtype == y.dtype and bool(mx.array_equal(x, y))
+        else:
+            assert type(x) is type(y) and x == y
+
+
+@pytest.mark.parametrize("cache", list(stock_caches()), ids=lambda c: type(c).__name__)
+def test_a_stock_cache_comes_back_from_either_file(cache: Any, tmp_path: Path) -> None:
+    own, plain = tmp_path / "own", tmp_path / "stock.safetensors"
+    kvmlx.save_prompt_cache(own, [cache])
+    stock.save_prompt_cache(str(plain), [cache], {"a": "b"})
+    same_state(kvmlx.load_prompt_cache(own)[0], cache)
+    loaded, metadata = kvmlx.load_prompt_cache(plain, return_metadata=True)
+    assert metadata == {"a": "b"}
+    same_state(loaded[0], stock.load_prompt_cache(str(plain))[0])
+
+
+def test_a_stock_file_continues(model: Any, tmp_path: Path) -> None:
+    caches = prefill(model, stock.make_prompt_cache(model))
+    path = tmp_path / "stock.safetensors"
+    stock.save_prompt_cache(str(path), caches)
+    loaded = kvmlx.load_prompt_cache(path, model=model)
+    assert all(type(c) is stock.KVCache for c in loaded)
+    assert np.array_equal(generate(model, loaded), generate(model, caches))
+
+
+def test_the_file_is_plain_safetensors(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    caches = compressed(model, STRATEGIES["int4"])
+    kvmlx.save_prompt_cache(path, caches)
+    arrays, header = mx.load(str(path), return_metadata=True)
+    assert header["format"] == "kvmlx" and header["strategy"] == str(kvmlx.Strategy.parse(STRATEGIES["int4"]))
+    assert bool(mx.array_equal(arrays["1.tail.keys"], caches[1].layer.store.keys))
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"n_layers": 3}, "3"),
+        ({"num_key_value_heads": 4}, "n_kv_heads"),
+        ({"head_dim": 32}, "key_dim"),
+        ({"rope_theta": 500000}, "rotary"),
+    ],
+    ids=["layers", "heads", "dim", "rope"],
+)
+def test_another_model_is_refused_by_name(
+    model: Any, changed: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    kvmlx.save_prompt_cache(tmp_path / "c", compressed(model, "int4"))
+    with pytest.raises(CacheFileError, match=f"another model.*llama.*{reason}"):
+        kvmlx.load_prompt_cache(tmp_path / "c", model=tiny_model(**changed))
+
+
+def test_another_model_type_is_refused_by_name(model: Any, tmp_path: Path) -> None:
+    other = tiny_model()
+    other.model_type = "qwen9"
+    kvmlx.save_prompt_cache(tmp_path / "c", compressed(model, "int4"))
+    with pytest.raises(CacheFileError, match=r"made with another model: llama, 2 layers.*given is qwen9"):
+        kvmlx.load_prompt_cache(tmp_path / "c", model=other)
+
+
+def test_caches_that_cannot_be_saved(model: Any, tmp_path: Path) -> None:
+    class Own(stock.KVCache):
+        pass
+
+    with pytest.raises(CacheFileError, match="Own is neither"):
+        kvmlx.save_prompt_cache(tmp_path / "c", [Own()])
+    mixed = compressed(model, "int4")[:1] + compressed(model, "full")[1:]
+    with pytest.raises(CacheFileError, match="different models or strategies"):
+        kvmlx.save_prompt_cache(tmp_path / "c", mixed)
+    with pytest.raises(TypeError, match="metadata"):
+        kvmlx.save_prompt_cache(tmp_path / "c", [], {"a": 1})  # type: ignore[dict-item]
+    assert not list(tmp_path.iterdir())
+
+
+SAMPLE = {
+    "b": files.Stored("bfloat16", (2, 3), bytes(range(12))),
+    "f": files.Stored("float32", (1, 2), b"\0\0\x80?\0\0\0@"),
+    "u": files.Stored("uint8", (5,), b"hello"),
+    "none": files.Stored("int32", (0, 4), b""),
+    "one": files.Stored("int64", (), b"12345678"),
+}
+
+
+def sample(folder: Path, header: dict[str, str] | None = None) -> tuple[Path, bytes]:
+    path = folder / "sample"
+    files.write(path, SAMPLE, {"backend": "none"} if header is None else header)
+    return path, path.read_bytes()
+
+
+def test_the_container_returns_what_it_was_given(tmp_path: Path) -> None:
+    path, raw = sample(tmp_path)
+    found = files.read(path)
+    assert found.arrays == SAMPLE and found.header["backend"] == "none" and found.is_kvmlx
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    tree = json.loads(raw[8 : 8 + length])
+    sizes = [d["data_offsets"][0] % 8 for n, d in tree.items() if n in ("one", "f")]
+    assert sizes == [0, 0]
+
+
+def refused(path: Path, raw: bytes) -> str:
+    """Return the message with which the bytes are refused; they must be."""
+    path.write_bytes(raw)
+    with pytest.raises(CacheFileError) as caught:
+        files.read(path, stock=True)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
+    path, raw = sample(tmp_path)
+    for at in range(len(raw)):
+        for bit in (at % 8, (at + 5) % 8):
+            refused(path, raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+
+
+def test_every_truncation_is_found(tmp_path: Path) -> None:
+    path, raw = sample(tmp_path)
+    for size in range(len(raw)):
+        message = refused(path, raw[:size])
+        assert "is empty" in message if size == 0 else f"truncated: {size} of" in message
+    assert f"{len(raw) - 1} of {len(raw)} bytes" in refused(path, raw[:-1])
+    assert "1 bytes more" in refused(path, raw + b"\0")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"GGUF\x03\0\0\0" + bytes(100), "a GGUF file"),
+        (b"PK\x03\x04" + bytes(100), "a zip archive"),
+        (b"\x80\x04\x95" + bytes(100), "a pickle"),
+        (b"once upon a time, there was a text file", "not a cache file"),
+        (bytes(4096), "not a cache file"),
+        (b"\xff" * 4096, "not a cache file"),
+        ((2**63 - 1).to_bytes(8, "little") + b"{" * 100, "not a cache file"),
+    ],
+    ids=["gguf", "zip", "pickle", "text", "zeros", "ones", "huge-header"],
+)
+def test_foreign_files_are_named(raw: bytes, message: str, tmp_path: Path) -> None:
+    assert message in refused(tmp_path / "x", raw)
+
+
+def container(tree: Any, data: bytes = b"") -> bytes:
+    """Return a file with any header: the parser must not trust it, though its checksum is right."""
+    text = tree if isinstance(tree, bytes) else json.dumps(tree).encode()
+    head = len(text).to_bytes(8, "little") + text
+    return head + data
+
+
+def signed(tree: dict[str, Any], data: bytes) -> bytes:
+    """Return a kvmlx file with a right checksum over any content."""
+    tree = {"__metadata__": {"sha256": "0" * 64} | tree["__metadata__"]} | tree
+    tree["__metadata__"]["sha256"] = "0" * 64
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    raw = container(text, data)
+    return raw.replace(b"0" * 64, hashlib.sha256(raw).hexdigest().encode(), 1)
+
+
+OWN = {"sha256": "0" * 64, "format": "kvmlx", "format_version": "1", "kvmlx_version": "0"}
+
+
+def test_safetensors_that_is_no_cache(tmp_path: Path) -> None:
+    weights = {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    assert "safetensors file, but not a cache" in refused(tmp_path / "x", container(weights, b"1234"))
+    plain = tmp_path / "stock.safetensors"
+    stock.save_prompt_cache(str(plain), [stock.KVCache()])
+    with pytest.raises(CacheFileError, match=r"made by mlx-lm itself: load it with mlx_lm\.models"):
+        files.read(plain)
+
+
+def test_a_newer_file_says_what_to_do(tmp_path: Path) -> None:
+    meta = OWN | {"format_version": "2", "kvmlx_version": "9.1"}
+    message = refused(tmp_path / "x", signed({"__metadata__": meta, "new": [1]}, b""))
+    assert "newer kvmlx (9.1, format 2)" in message and "update kvmlx" in message
+    for version in ("", "0", "-1", "1.5", "²", "9" * 5000):
+        assert "format version" in refused(
+            tmp_path / "x", signed({"__metadata__": OWN | {"format_version": version}}, b"")
+        )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 1_000_000,
+        b'{"a":' * 500_000,
+        b'{"__metadata__":{"sha256":1}}',
+        b'{"__metadata__":[]}',
+        b"[]",
+        b'{"a":NaN}',
+        b"{}",
+        b'{"a":' + b"9" * 5000 + b"}",
+        b'{"\xff":1}',
+        b'{"__metadata__":{"format":"kvmlx","format":"kvmlx"}}',
+    ],
+    ids=[
+        "deep-list",
+        "deep-dict",
+        "number",
+        "list-metadata",
+        "list",
+        "nan",
+        "none",
+        "digits",
+        "utf8",
+        "twice",
+    ],
+)
+def test_headers_that_are_no_headers(text: bytes, tmp_path: Path) -> None:
+    refused(tmp_path / "x", container(text))
+
+
+BAD_ENTRIES: dict[str, Any] = {
+    "overlap": {"shape": [2], "data_offsets": [2, 4]},
+    "gap": {"shape": [4], "data_offsets": [8, 12]},
+    "beyond": {"shape": [2**40], "data_offsets": [4, 4 + 2**40]},
+    "backwards": {"shape": [4], "data_offsets": [8, 4]},
+    "negative": {"shape": [-4], "data_offsets": [4, 0]},
+    "negative-twice": {"shape": [-2, -2], "data_offsets": [4, 8]},
+    "float": {"shape": [4.0], "data_offsets": [4, 8]},
+    "bool": {"shape": [True], "data_offsets": [4, 5]},
+    "product": {"shape": [2**47, 2**47], "data_offsets": [4, 8]},
+    "huge": {"shape": [10**300, 0], "data_offsets": [4, 4]},
+    "many-dims": {"shape": [1] * 60, "data_offsets": [4, 5]},
+    "three": {"data_offsets": [4, 8, 8]},
+    "dtype": {"dtype": "F8_E4M3"},
+    "dtype-list": {"dtype": ["U8"]},
+    "extra": {"more": 1},
+    "shape-none": {"shape": None},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("change", BAD_ENTRIES.values(), ids=BAD_ENTRIES.keys())
+def test_entries_that_lie_are_refused_before_data_is_read(change: Any, tmp_path: Path) -> None:
+    good = {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}
+    tree = {"__metadata__": OWN, "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}
+    (tmp_path / "good").write_bytes(signed(tree | {"b": good}, b"12345678"))
+    assert files.read(tmp_path / "good").arrays["b"].data == b"5678"
+    raw = signed(tree | {"b": None if change is None else good | change}, b"12345678")
+    tracemalloc.start()
+    refused(tmp_path / "x", raw)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_spliced_files_are_refused(tmp_path: Path, data: st.DataObject) -> None:
+    path, raw = sample(tmp_path)
+    _, other = sample(tmp_path, {"backend": "other", "x": "y" * 40})
+    at, to = (data.draw(st.integers(0, len(x))) for x in (raw, other))
+    piece = data.draw(st.one_of(st.binary(max_size=20), st.just(other[to : to + 64]), st.just(other[to:])))
+    skip = data.draw(st.integers(0, 64))
+    mutant = raw[:at] + piece + raw[at + skip :]
+    if mutant not in (raw, other):
+        refused(path, mutant)
+
+
+# -- contents that do not fit together, though the checksum is right -----------------------------------------
+
+VALUES = (-1, 0, 1, 7, 2**31, 2**62, 2**70, 1.5, 1e300, "x", None, [], {}, [1], [[0, 0]], [[5000, 5000]])
+
+
+def places(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the paths of a JSON tree, of its lists the first two parts."""
+    yield at
+    children = (
+        tree.items() if isinstance(tree, dict) else enumerate(tree[:2]) if isinstance(tree, list) else ()
+    )
+    for key, child in children:
+        yield from places(child, (*at, key))
+
+
+def replaced(tree: Any, at: tuple[Any, ...], value: Any) -> Any:
+    if not at:
+        return value
+    tree = copy.deepcopy(tree)
+    part = tree
+    for key in at[:-1]:
+        part = part[key]
+    part[at[-1]] = value
+    return tree
+
+
+def header_of(contents: files.Contents) -> dict[str, str]:
+    own = ("sha256", "format", "format_version", "kvmlx_version")
+    return {key: value for key, value in contents.header.items() if key not in own}
+
+
+def refused_or_sound(path: Path, model: Any) -> bool:
+    """Load the file: it is refused, or what it gives can be used without harm. Return whether it loaded."""
+    began = time.perf_counter()
+    mx.reset_peak_memory()
+    try:
+        caches = kvmlx.load_prompt_cache(path)
+    except CacheFileError as error:
+        assert str(path) in str(error)
+        return False
+    finally:
+        assert time.perf_counter() - began < 5
+        assert mx.get_peak_memory() < 64 << 20
+    for n in (1, 5, 34, 1):
+        mx.eval(model(tokens(n), cache=caches))
+    kvmlx.settle(caches)
+    return True
+
+
+@pytest.fixture(scope="module")
+def one_layer() -> Any:
+    return tiny_model(1)
+
+
+@pytest.mark.parametrize("name", ["snapkv-int4", "h2o-adakv", "expected_attention"])
+def test_numbers_that_do_not_fit_are_refused(name: str, one_layer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    kvmlx.save_prompt_cache(path, compressed(one_layer, STRATEGIES[name]))
+    contents = files.read(path)
+    rng = np.random.default_rng(0)
+    outcomes = []
+    for field in ("caches", "model"):
+        tree = json.loads(contents.header[field])
+        for at in places(tree):
+            for value in rng.choice(np.array(VALUES, object), 4, replace=False):
+                text = json.dumps(replaced(tree, at, value))
+                files.write(path, contents.arrays, header_of(contents) | {field: text})
+                outcomes.append(refused_or_sound(path, one_layer))
+    assert outcomes.count(False) > len(outcomes) // 2
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_arrays_that_do_not_fit_are_refused(name: str, one_layer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    kvmlx.save_prompt_cache(path, compressed(one_layer, STRATEGIES[name]))
+    contents = files.read(path)
+    changes: dict[str, Callable[[files.Stored], files.Stored]] = {
+        "shorter": lambda a: files.Stored(a.dtype, (0, *a.shape[1:]), b""),
+        "flat": lambda a: a._replace(shape=(int(np.prod(a.shape)),)),
+        "turned": lambda a: a._replace(shape=a.shape[::-1]),
+        "bytes": lambda a: files.Stored(
+            "uint8", (*a.shape[:-1], len(a.data) // max(1, int(np.prod(a.shape[:-1])))), a.data
+        ),
+    }
+    for key, array in contents.arrays.items():
+        for change in changes.values():
+            new = change(array)
+            if new[:2] != array[:2]:
+                files.write(path, contents.arrays | {key: new}, header_of(contents))
+                assert not refused_or_sound(path, one_layer), (key, new.shape)
+        rest = {k: v for k, v in contents.arrays.items() if k != key}
+        for arrays in (rest, contents.arrays | {key + "x": array}, contents.arrays | {"9.tail.keys": array}):
+            files.write(path, arrays, header_of(contents))
+            assert not refused_or_sound(path, one_layer), key
+        for other in contents.arrays:
+            if contents.arrays[other][:2] != array[:2]:
+                swapped = {key: contents.arrays[other], other: array}
+                files.write(path, contents.arrays | swapped, header_of(contents))
+                assert not refused_or_sound(path, one_layer), (key, other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strategy": "__import__('os').system('x')"},
+        {"strategy": "newmethod(budget=0.1)"},
+        {"strategy": "int2"},
+        {"strategy": "int4(group_size=24)"},
+        {"caches": "[" * 100_000},
+        {"caches": '[{"class":"os","state":[]}]'},
+        {"caches": '[{"class":"_BaseCache","state":[]}]'},
+        {"caches": '[{"class":"save_prompt_cache","state":[]}]'},
+        {"caches": '[{"class":["KVCache"],"state":[]}]'},
+        {"caches": '[{"class":"CacheList","caches":[{"class":"mx","state":[]}]}]'},
+        {"caches": '[{"class":"KVCache","state":[{"array":"../x"},null,0]}]'},
+        {"caches": "[]"},
+        {"caches": "{}"},
+        {"model": "{}"},
+    ],
+    ids=lambda c: next(iter(c.items()))[1][:40],
+)
+def test_names_are_parsed_and_looked_up_never_run(
+    change: dict[str, str], one_layer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "c"
+    kvmlx.save_prompt_cache(path, compressed(one_layer, STRATEGIES["int4"]))
+    contents = files.read(path)
+    files.write(path, contents.arrays, header_of(contents) | change)
+    with pytest.raises(CacheFileError, match="cannot be loaded"):
+        kvmlx.load_prompt_cache(path)
+
+
+def test_stock_files_are_not_trusted_either(one_layer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "stock.safetensors"
+    install()
+    stock.save_prompt_cache(
+        str(path), [stock.CacheList(filled(stock.KVCache())), *compressed(one_layer, "int4")]
+    )
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    tree, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    assert len(kvmlx.load_prompt_cache(path)) == 2
+    for size in {0, 4, 8, 8 + length // 2, 8 + length, len(raw) - 1}:
+        refused(path, raw[:size])
+    names = [*tree, *tree["__metadata__"]]
+    for name in names:
+        for new in (None, "0.99999999999", "1.x", "9", "x", "2.5.5", "." * 5000):
+            changed = copy.deepcopy(tree)
+            part = changed["__metadata__"] if name in changed["__metadata__"] else changed
+            if name == "__metadata__":
+                continue
+            value = part.pop(name)
+            if new is not None and new not in part:
+                part[new] = value
+            path.write_bytes(container(changed, data))
+            refused_or_loaded(path)
+    for name in tree["__metadata__"]:
+        for new in ("", "os", "KVCache", "KVMLXCache", "CacheList", "none", "string", "9" * 5000):
+            changed = copy.deepcopy(tree)
+            changed["__metadata__"][name] = new
+            path.write_bytes(container(changed, data))
+            refused_or_loaded(path)
+
+
+def refused_or_loaded(path: Path) -> None:
+    try:
+        assert isinstance(kvmlx.load_prompt_cache(path), list)
+    except CacheFileError as error:
+        assert str(path) in str(error)
+    assert mx.get_peak_memory() < 64 << 20
+
+
+# -- a failed save -------------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """A file on which the n-th write fails, after half of it arrived."""
+
+    def __init__(self, file: Any, fail_at: int, error: BaseException) -> None:
+        self.file, self.left, self.error = file, fail_at, error
+
+    def __enter__(self) -> FullDisk:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def write(self, data: Any) -> None:
+        if self.left == 0:
+            self.file.write(bytes(data)[: len(data) // 2])
+            raise self.error
+        self.left -= 1
+        self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+
+def fails(path: Path, match: str, kind: type[BaseException] = CacheFileError) -> None:
+    """A save must fail, and leave the folder as it was."""
+    before = {p: p.read_bytes() for p in path.parent.iterdir() if p.is_file()}
+    with pytest.raises(kind, match=match):
+        files.write(path, SAMPLE, {"backend": "new"})
+    assert {p: p.read_bytes() for p in path.parent.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("fail_at", range(len(SAMPLE) + 1))
+def test_a_full_disk_changes_nothing(fail_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = sample(tmp_path)
+    create = files._create
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(files, "_create", lambda p: FullDisk(create(p), fail_at, full))
+    fails(path, r"cannot be written: No space left on device.*\d+ bytes")
+    fails(tmp_path / "fresh", "No space left")
+
+
+def test_an_interrupted_save_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = sample(tmp_path)
+    create = files._create
+    monkeypatch.setattr(files, "_create", lambda p: FullDisk(create(p), 2, KeyboardInterrupt("stop")))
+    fails(path, "stop", KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+def test_a_refusal_of_the_system_changes_nothing(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = sample(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(files.os, step, refuse)
+    fails(path, "cannot be written: Permission denied")
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    fails(tmp_path / "folder", "it is a folder")
+    with pytest.raises(CacheFileError, match="there is no folder"):
+        files.write(tmp_path / "missing" / "c", SAMPLE, {})
+    with pytest.raises(CacheFileError, match="no folder"):
+        files.write(sample(tmp_path)[0] / "c", SAMPLE, {})
+    os.mkfifo(tmp_path / "pipe")
+    fails(tmp_path / "pipe", "not a regular file")
+
+
+def test_places_that_cannot_be_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, match in (("", "a folder"), ("none", "no such file"), ("pipe", "not a regular file")):
+        with pytest.raises(CacheFileError, match=match):
+            kvmlx.load_prompt_cache(tmp_path / name)
+
+
+def test_a_link_is_followed_and_modes_are_the_users(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "deep" / "c")
+    files.write(link, SAMPLE, {})
+    assert link.is_symlink() and files.read(tmp_path / "deep" / "c").arrays == SAMPLE
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "plain").stat().st_mode == (tmp_path / "deep" / "c").stat().st_mode
+
+
+def test_concurrent_saves_leave_one_whole_file(tmp_path: Path) -> None:
+    path, _ = sample(tmp_path)
+    done: list[str] = []
+
+    def work(number: int) -> None:
+        arrays = {"a": files.Stored("uint8", (100_000,), bytes([number]) * 100_000)}
+        for _ in range(20):
+            files.write(path, arrays, {"number": str(number)})
+            found = files.read(path)
+            number_found = int(found.header.get("number", number))
+            if "a" in found.arrays:
+                assert found.arrays["a"].data == bytes([number_found]) * 100_000
+        done.append(str(number))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 4 and [p.name for p in tmp_path.iterdir()] == ["sample"]
+
+
+def test_a_save_that_fails_later_keeps_the_caches_usable(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches, twin = (compressed(model, STRATEGIES["snapkv-int4"]) for _ in range(2))
+    with pytest.raises(CacheFileError):
+        kvmlx.save_prompt_cache(tmp_path / "no" / "c", caches)
+    assert np.array_equal(generate(model, caches), generate(model, twin))
