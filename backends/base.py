@@ -28,6 +28,9 @@ class PlainBackend:
         """Return ``x``, evaluated only together with ``dependencies`` where the framework is lazy."""
         return x
 
+    def evaluate(self, arrays: list[Array]) -> None:
+        """Compute ``arrays`` now, where the framework is lazy."""
+
     def encode(self, codec: Codec, x: Array) -> dict[str, Array]:
         return codec.encode(self, x)  # type: ignore[arg-type]
 

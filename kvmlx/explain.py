@@ -165,9 +165,7 @@ def explain(
         raise KVMLXError(f"dtype must be one of {', '.join(ITEM_BYTES)}, got {dtype!r}")
     plan = _Plan(strategy, sum(s.kind == "full" for s in shapes), ITEM_BYTES[dtype])
     if plan.n_layers == 0:
-        raise UnsupportedModelError(
-            "the model has no layer with a full attention cache: there is nothing to compress"
-        )
+        raise UnsupportedModelError("the model has no layer with a full attention cache: there is nothing to compress")
     layers = _layers(plan, shapes, context, prefill_step)
     return Explanation(strategy, context, dtype, prefill_step, tuple(layers))
 
@@ -183,10 +181,9 @@ def _layers(plan: _Plan, shapes: list[LayerShape], context: int, step: int) -> I
             continue
         rows, rows_before = next(kept), next(earlier)
         nbytes, exact = plan.held(shape, context, rows)
-        peak = (
-            plan.held(shape, before, rows_before)[0]
-            + (context - before) * shape.row_elements * plan.item_bytes
-        )
+        peak = plan.held(shape, before, rows_before)[0] + plan.observed(shape, prefilling=True)
+        peak += (context - before) * shape.row_elements * plan.item_bytes
+        nbytes += plan.observed(shape, prefilling=False)
         full = context * shape.row_elements * FP16_BYTES
         yield LayerBytes(index, "full", True, rows, exact, nbytes, full, max(nbytes, peak))
 
@@ -218,7 +215,7 @@ class _Plan:
     def held(self, shape: LayerShape, tokens: int, rows: int) -> tuple[int, int]:
         """Return the bytes held by ``rows`` rows per head, left of ``tokens``, and how many rows are exact.
 
-        The arithmetic of `LayerStore` and `LayerCache`: head-room and what the stages observe are counted.
+        The arithmetic of `LayerStore` and `LayerCache`, head-room included.
         """
         if rows == 0:
             return 0, 0
@@ -233,7 +230,7 @@ class _Plan:
         column_bytes = 4 * sum((bool(strategy.merge and strategy.merge.makes_bias), "sums" in strategy.needs))
         nbytes = capacity * (shape.row_elements * self.item_bytes + shape.n_kv_heads * column_bytes)
         nbytes += span * shape.n_kv_heads * (self._encoded_row_bytes(shape) + column_bytes if span else 0)
-        return round(nbytes + self._observed_bytes(shape)), exact
+        return round(nbytes), exact
 
     @property
     def has_body(self) -> bool:
@@ -255,11 +252,14 @@ class _Plan:
             total += sum(plane.row_bytes for plane in codec.planes(dim))
         return total
 
-    def _observed_bytes(self, shape: LayerShape) -> int:
-        """Return the bytes of the queries, or of their moments, that a stage reads."""
+    def observed(self, shape: LayerShape, *, prefilling: bool) -> int:
+        """Return the bytes of the queries, or of their moments, that a stage reads.
+
+        Queries are let go once the prompt is complete, unless decoding selects too.
+        """
         needs, dim = self.strategy.needs, shape.key_dim
         nbytes = 0
-        if "queries" in needs:
+        if "queries" in needs and (prefilling or self.strategy.every is not None):
             nbytes += shape.n_heads * self.strategy.window * dim * self.item_bytes
         if "query_moments" in needs:
             nbytes += shape.n_heads * (dim + dim * dim) * 4
@@ -289,18 +289,14 @@ def layer_shapes(config: Mapping[str, Any]) -> list[LayerShape]:
     kinds = _layer_kinds(config, n_layers)
     heads = _per_layer(config, len(kinds), "num_attention_heads", "n_heads", "n_head", "num_heads")
     one = 1 if config.get("multi_query") else None
-    kv_heads = _per_layer(
-        config, len(kinds), "num_key_value_heads", "num_kv_heads", "n_kv_heads", default=one
-    )
+    kv_heads = _per_layer(config, len(kinds), "num_key_value_heads", "num_kv_heads", "n_kv_heads", default=one)
     width = config.get("hidden_size") or config.get("n_embd") or config.get("d_model")
     shapes = []
     for kind, n_heads, n_kv_heads in zip(kinds, heads, kv_heads, strict=True):
         n_heads = n_heads or 0
         dim = config.get("head_dim") or (width // n_heads if width and n_heads else None)
         if kind != "state" and (not n_heads or not isinstance(dim, int)):
-            raise UnsupportedModelError(
-                f"{name}: config.json names neither head_dim nor hidden_size and heads"
-            )
+            raise UnsupportedModelError(f"{name}: config.json names neither head_dim nor hidden_size and heads")
         window = config.get("sliding_window") if kind == "sliding" else None
         value_dim = config.get("v_head_dim") or dim or 0
         shapes.append(LayerShape(kind, n_heads, n_kv_heads or n_heads, dim or 0, value_dim, window))
@@ -350,8 +346,7 @@ def _fetch_config(model: str, path: Path) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise KVMLXError(
-            f"{model!r} is not a folder here, and the Hugging Face Hub needs huggingface_hub: "
-            "pip install 'kvmlx[mlx]'"
+            f"{model!r} is not a folder here, and the Hugging Face Hub needs huggingface_hub: pip install 'kvmlx[mlx]'"
         ) from error
     try:
         return Path(hf_hub_download(model, "config.json"))
@@ -381,14 +376,10 @@ def _first_int(config: Mapping[str, Any], *names: str) -> int:
     for name in names:
         if isinstance(config.get(name), int):
             return config[name]
-    raise UnsupportedModelError(
-        f"config.json has none of {', '.join(names)}: is it that of a language model?"
-    )
+    raise UnsupportedModelError(f"config.json has none of {', '.join(names)}: is it that of a language model?")
 
 
-def _per_layer(
-    config: Mapping[str, Any], n_layers: int, *names: str, default: int | None = None
-) -> list[int | None]:
+def _per_layer(config: Mapping[str, Any], n_layers: int, *names: str, default: int | None = None) -> list[int | None]:
     """Return a number for each layer: some models give one number, some a list."""
     for name in names:
         value = config.get(name)
@@ -436,9 +427,7 @@ def _kind(config: Mapping[str, Any], name: str) -> LayerKind | None:
     }
     if name not in known:
         model = config.get("model_type", "this model")
-        raise UnsupportedModelError(
-            f"{model} has layers of an unknown type {name!r}; known: {', '.join(known)}"
-        )
+        raise UnsupportedModelError(f"{model} has layers of an unknown type {name!r}; known: {', '.join(known)}")
     return known[name]
 
 
@@ -448,6 +437,4 @@ def _shapes_of_info(info: ModelInfo) -> list[LayerShape]:
         raise KVMLXError(
             f"the sizes of layers {unknown} are not known before the model ran: give its config.json instead"
         )
-    return [
-        LayerShape("full", x.n_heads, x.n_kv_heads, x.key_dim, x.value_dim or x.key_dim) for x in info.layers
-    ]
+    return [LayerShape("full", x.n_heads, x.n_kv_heads, x.key_dim, x.value_dim or x.key_dim) for x in info.layers]

@@ -200,9 +200,7 @@ def _check_target(name: str, target: str) -> None:
     except OSError:
         folder = os.path.dirname(target)
         if not os.path.isdir(folder):
-            raise CacheFileError(
-                f"{name} cannot be written: there is no folder {folder}; make it first"
-            ) from None
+            raise CacheFileError(f"{name} cannot be written: there is no folder {folder}; make it first") from None
         return
     if not stat.S_ISREG(mode):
         raise CacheFileError(f"{name} cannot be written: it is {_kind(mode)}; give the name of a file")
@@ -223,9 +221,7 @@ def _sync_folder(folder: str) -> None:
             os.close(fd)
 
 
-def _compose(
-    name: str, arrays: Mapping[str, Stored], header: Mapping[str, str]
-) -> tuple[bytes, list[memoryview]]:
+def _compose(name: str, arrays: Mapping[str, Stored], header: Mapping[str, str]) -> tuple[bytes, list[memoryview]]:
     """Return the bytes before the data, and the data in order: wide elements first, so each is aligned."""
     if taken := [key for key in _RESERVED if key in header]:
         raise ValueError(f"header fields {taken} are the container's own")

@@ -13,8 +13,8 @@ import numpy as np
 from kvmlx.types import Array, Rotary
 
 NEG_INF = float("-inf")
-QUERY_BLOCK_ELEMENTS = 1 << 22
-"""Scores that one block of queries may hold at a time: 16 MiB in float32, small beside a layer's activations."""
+QUERY_BLOCK_ELEMENTS = 1 << 20
+"""Scores that one block of queries may hold at a time: 4 MiB in float32, small beside a layer's activations."""
 
 
 def softmax(xp: Any, x: Array) -> Array:
@@ -55,7 +55,7 @@ def causal_mask(xp: Any, n_queries: int, n_keys: int) -> Array:
 
 
 def logits(xp: Any, queries: Array, keys: Array, scale: float) -> Array:
-    """Return float32 ``[B, Hq, L, T]`` of ``queries [B, Hq, L, D]`` on ``keys [B, H, T, D]``, keys read once a group."""
+    """Return float32 ``[B, Hq, L, T]`` of ``queries [B, Hq, L, D]`` on ``keys [B, H, T, D]``: a group shares its keys."""
     b, hq, n, d = queries.shape
     h, t = keys.shape[1], keys.shape[2]
     q = xp.reshape(xp.astype(queries, xp.float32) * scale, (b, h, hq // h * n, d))
@@ -72,7 +72,7 @@ def weighted_values(xp: Any, weights: Array, values: Array) -> Array:
 
 
 def after(xp: Any, x: Array, blocks: Sequence[Array]) -> Array:
-    """Return ``x``, made to wait for the last of ``blocks``: a lazy framework would hold all their scratch at once."""
+    """Return ``x``, made to wait for the last of ``blocks``: a lazy framework would hold all their scratch."""
     if not blocks or not hasattr(xp, "depends"):
         return x
     return xp.depends([x], [blocks[-1]])[0]

@@ -354,9 +354,7 @@ def codebook_parts(
     return unit * math.sqrt(d), codes, norm / np.where(norm > 0, overlap, 1.0), means
 
 
-def codebook_decode(
-    codes: Codes, scales: Half, means: Half | None, bits: int, dtype: type = np.float64
-) -> Float:
+def codebook_decode(codes: Codes, scales: Half, means: Half | None, bits: int, dtype: type = np.float64) -> Float:
     """Return ``scale * level / sqrt(D) (+ mean)`` ``[..., n, D]`` in the rotated basis."""
     d = codes.shape[-1]
     levels = np.array(lloyd_max(bits)[0]).astype(dtype)
@@ -478,9 +476,7 @@ def largest_remainder(shares: Sequence[Fraction], total: int) -> list[int]:
     return whole
 
 
-def pyramid_paper_capacities(
-    n_layers: int, budget: int, window: int, tokens: int, beta: int = 20
-) -> list[int]:
+def pyramid_paper_capacities(n_layers: int, budget: int, window: int, tokens: int, beta: int = 20) -> list[int]:
     """Return rows kept per layer, window included, by PyramidKV's own integer rule (not an exact sum)."""
     low = (budget - window) // beta
     high = 2 * (budget - window) - low
@@ -665,6 +661,4 @@ def _turn(x: Float, angles: Float, rotary: Rotary, factor: float) -> Float:
 
 def mean_rotation(rotary: Rotary, dim: int, start: int, count: int) -> Float:
     """Return the ``[D, D]`` mean of the rotations of ``count`` positions from ``start``."""
-    return np.mean(
-        [rope(np.eye(dim), np.full(dim, p), rotary).T for p in range(start, start + count)], axis=0
-    )
+    return np.mean([rope(np.eye(dim), np.full(dim, p), rotary).T for p in range(start, start + count)], axis=0)

@@ -170,7 +170,7 @@ class LayerCache:
         if n > 1:
             self.prefilling = np.ones(self.batch, bool)
         else:
-            self.since_selection = self.since_selection + 1
+            self.since_selection = self.since_selection + ~self.prefilling
 
     def _set_newest(self, name: str, rows: np.ndarray) -> None:
         store, xp = self.store, self.backend.xp
@@ -195,9 +195,7 @@ class LayerCache:
             if codec is not None:
                 codec.check(x.shape[3])
 
-    def attend(
-        self, queries: Array, *, scale: float, sinks: Array | None = None, mask: Array | None = None
-    ) -> Array:
+    def attend(self, queries: Array, *, scale: float, sinks: Array | None = None, mask: Array | None = None) -> Array:
         """Return ``[B, Hq, L, Dv]``: attention of the newest L tokens over every row that is kept.
 
         Args:
@@ -248,7 +246,9 @@ class LayerCache:
         self.n_queries = np.minimum(self.n_queries + n - self.padding, window)
         joined = xp.concat([self.queries, queries], axis=2)
         if not self.padding.any():
-            self.queries = joined[:, :, -window:]
+            # Copied: a slice would hold on to the queries of the whole chunk.
+            newest = self.backend.from_numpy(np.arange(n, n + window, dtype=np.int32))
+            self.queries = xp.take(joined, newest, axis=2)
             return
         rows = (window + n - self.padding)[:, None] - window + np.arange(window)
         index = np.broadcast_to(rows[:, None].astype(np.int32), (b, hq, window))
@@ -285,7 +285,7 @@ class LayerCache:
     def _add_moments(self, queries: Array, rotary: Rotary) -> list[Array]:
         """Add to the sums of the pre-RoPE queries and of their outer products, sinks left out."""
         xp = self.backend.xp
-        b, hq, n, d = queries.shape
+        n = queries.shape[2]
         real = n - self.padding
         positions = (self.offsets - real)[:, None] + np.arange(n)
         counted = (positions >= self.strategy.sinks) & (np.arange(n) < real[:, None])
@@ -318,7 +318,7 @@ class LayerCache:
         if self.strategy.identity or not (last or prompt_end):
             return
         ends = self.prefilling & (prompt_end or (last == 1 and not chunk_end))
-        act = self.prefilling.copy() if self.strategy.bounded and last > 1 else ends.copy()
+        act = self.prefilling.copy() if self.strategy.bounded and (last > 1 or chunk_end) else ends.copy()
         if self.strategy.every is not None:
             act |= ~self.prefilling & (self.since_selection >= self.strategy.every)
         self.prefilling = self.prefilling & ~ends
@@ -328,6 +328,9 @@ class LayerCache:
                 self.since_selection[b] = 0
         if self.strategy.encodes:
             self._encode(act)
+        if act.any():
+            # Layer by layer: a lazy framework would hold the old and the new rows of all layers at once.
+            self.backend.evaluate(list(self.store.arrays().values()))
         if self.strategy.every is None and not self.prefilling.any():
             # Decoding selects nothing: the next prompt brings its own queries.
             self.queries, self.n_queries = None, np.zeros(self.batch, np.int64)
@@ -350,9 +353,7 @@ class LayerCache:
         tokens = resolve_budget(strategy.select.budget, seen)
         protected = min(seen, strategy.sinks + strategy.recent)
         tokens = max(tokens, protected)
-        return strategy.allocate.layer_budgets(tokens, seen, self.session.model.n_layers, protected)[
-            self.layer
-        ]
+        return strategy.allocate.layer_budgets(tokens, seen, self.session.model.n_layers, protected)[self.layer]
 
     def _select(self, b: int) -> None:
         """Cut sequence ``b`` to its budget: score, allocate, fold, evict."""
@@ -361,14 +362,10 @@ class LayerCache:
         h = store.shape[1]
         held = store.lengths[b]
         budget = self._budget(b)
-        if held.sum() <= budget * h and not (
-            store.has_body and (held > budget).any() and not self.strategy.ragged
-        ):
+        if held.sum() <= budget * h and not (store.has_body and (held > budget).any() and not self.strategy.ragged):
             self._stow(b)
             return
-        level = bool(
-            (store.begin[b] == store.begin[b, 0]).all() and (store.length[b] == store.length[b, 0]).all()
-        )
+        level = bool((store.begin[b] == store.begin[b, 0]).all() and (store.length[b] == store.length[b, 0]).all())
         groups = [slice(0, h)] if level else [slice(i, i + 1) for i in range(h)]
         rows = [self._rows(b, heads) for heads in groups]
         scores = [self.backend.to_numpy(select.score(r)).astype(np.float32)[0] for r in rows]
@@ -397,9 +394,7 @@ class LayerCache:
             length=int(self.offsets[b]),
             layer=self.layer,
             n_layers=self.session.model.n_layers,
-            queries=None
-            if self.queries is None
-            else self.queries[b : b + 1, picked, self.strategy.window - window :],
+            queries=None if self.queries is None else self.queries[b : b + 1, picked, self.strategy.window - window :],
             sums=columns.get("sums"),
             query_mean=mean,
             query_cov=cov,
@@ -504,17 +499,20 @@ class LayerCache:
     @property
     def trimmable(self) -> bool:
         """Whether any number of newest tokens can be taken back: nothing may ever have been evicted."""
-        return self.strategy.select is None and self.strategy.bounded or self.strategy.identity
+        return self.strategy.identity or (self.strategy.select is None and self.strategy.bounded)
 
     def trim(self, n: int) -> int:
         """Take back the newest ``n`` tokens; return how many were."""
         if self.empty:
             return 0
-        self.settle()
+        if self.padding.any():
+            self.settle()
         n = int(min(n, self.offsets.min()))
         if n:
+            # Before anything is encoded: rejected drafts leave no trace in the scales of their neighbours.
             self.store.trim(n)
             self.offsets = self.offsets - n
+            self.due = max(self.due - n, 0)
         return n
 
     def take(self, parts: Sequence[tuple[LayerCache, int]]) -> LayerCache:
@@ -536,17 +534,13 @@ class LayerCache:
         self.n_queries = np.array([c.n_queries[b] for c, b in parts], np.int64)
         self.due = caches[0].due if all(c.due == caches[0].due for c in caches) else 0
         if any(c.remaining is not None for c in caches):
-            self.remaining = np.array(
-                [0 if c.remaining is None else c.remaining[b] for c, b in parts], np.int64
-            )
+            self.remaining = np.array([0 if c.remaining is None else c.remaining[b] for c, b in parts], np.int64)
         filled = next((c for c in caches if not c.empty), None)
         if filled is None:
             return
         self.scale = filled.scale
         self.store = LayerStore.assemble([(c.store, b) for c, b in parts])
-        self.queries = _stack(
-            [None if c.queries is None else c.queries[b : b + 1] for c, b in parts], self.backend.xp
-        )
+        self.queries = _stack([None if c.queries is None else c.queries[b : b + 1] for c, b in parts], self.backend.xp)
         sums = [None if c.moments is None else c.moments[0][b : b + 1] for c, b in parts]
         outer = [None if c.moments is None else c.moments[1][b : b + 1] for c, b in parts]
         counts = np.array([0 if c.moments is None else c.moments[2][b] for c, b in parts])

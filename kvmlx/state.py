@@ -18,17 +18,26 @@ STATE_VERSION = 1
 
 _LIMIT = 2**31
 """Offsets and row numbers become int32 on the device."""
+_LAYER_NUMBERS = ("index", "n_heads", "n_kv_heads", "key_dim", "value_dim")
 _FLOATS = ("float16", "bfloat16", "float32")
 
 State = tuple[Any, ...]
 
 
 def session_to_json(session: Session) -> dict[str, Any]:
-    """Return a session as JSON data."""
+    """Return a session as JSON data. A rotary embedding is there once: layers share it, and it is long."""
+    model = session.model
+    rotaries = list(dict.fromkeys(layer.rotary for layer in model.layers if layer.rotary is not None))
+    numbers = {rotary: number for number, rotary in enumerate(rotaries)}
     return {
         "strategy": str(session.strategy),
-        "model_type": session.model.model_type,
-        "layers": [asdict(layer) for layer in session.model.layers],
+        "model_type": model.model_type,
+        "rotaries": [asdict(rotary) for rotary in rotaries],
+        "layers": [
+            {name: getattr(layer, name) for name in _LAYER_NUMBERS}
+            | {"rotary": None if layer.rotary is None else numbers[layer.rotary]}
+            for layer in model.layers
+        ],
         "n_managed": session.n_managed,
         "unmanaged": list(session.unmanaged),
         "inspect": session.inspect,
@@ -37,11 +46,14 @@ def session_to_json(session: Session) -> dict[str, Any]:
 
 def session_from_json(data: dict[str, Any]) -> Session:
     """Build a session from what `session_to_json` returned; the strategy is parsed, nothing is run."""
+    rotaries = [_rotary(rotary) for rotary in data["rotaries"]]
     layers = []
     for layer in data["layers"]:
-        rotary = layer.pop("rotary")
-        _need(all(type(n) is int and 0 <= n < _LIMIT for n in layer.values()), "a layer's description")
-        layers.append(LayerInfo(**layer, rotary=None if rotary is None else _rotary(rotary)))
+        numbers = {name: layer[name] for name in _LAYER_NUMBERS}
+        _need(all(type(n) is int and 0 <= n < _LIMIT for n in numbers.values()), "a layer's description")
+        which = layer["rotary"]
+        _need(which is None or (type(which) is int and which >= 0), "a layer's rotary embedding")
+        layers.append(LayerInfo(**numbers, rotary=None if which is None else rotaries[which]))
     return Session(
         Strategy.parse(data["strategy"]),
         ModelInfo(data["model_type"], tuple(layers)),
@@ -57,6 +69,7 @@ def _rotary(data: dict[str, Any]) -> Rotary:
     _need(len(first) == len(second) == len(frequency), "a rotary embedding's pairs")
     _need(len({*first, *second}) == 2 * len(first), "a rotary embedding's pairs")
     _need(all(math.isfinite(f) for f in (*frequency, data["factor"])), "a rotary embedding's angles")
+    _need(data["factor"] > 0, "a rotary embedding's factor")
     return Rotary(first, second, frequency, data["factor"])
 
 
@@ -88,9 +101,7 @@ def layer_to_json(cache: LayerCache) -> dict[str, Any]:
     return out
 
 
-def layer_from_json(
-    backend: Any, session: Session, data: dict[str, Any], arrays: dict[str, Any]
-) -> LayerCache:
+def layer_from_json(backend: Any, session: Session, data: dict[str, Any], arrays: dict[str, Any]) -> LayerCache:
     """Build a layer's cache from its JSON data and its arrays.
 
     Raises:
@@ -138,9 +149,7 @@ def _dtype(array: Any) -> str:
     return str(array.dtype).rpartition(".")[2]
 
 
-def _store(
-    backend: Any, session: Session, data: dict[str, Any], arrays: dict[str, Any], where: str
-) -> LayerStore:
+def _store(backend: Any, session: Session, data: dict[str, Any], arrays: dict[str, Any], where: str) -> LayerStore:
     keys, values = arrays["tail.keys"], arrays["tail.values"]
     _need(keys.ndim == values.ndim == 4 and keys.shape[:3] == values.shape[:3], where + "keys and values")
     _need(_dtype(keys) == data["dtype"] in _FLOATS and _dtype(values) in _FLOATS, where + "dtype")
@@ -227,9 +236,7 @@ def from_state(backend: Any, state: State) -> tuple[LayerCache, bool]:
     """Undo `to_state`."""
     data = json.loads(state[0])
     if data["version"] != STATE_VERSION:
-        raise CacheFileError(
-            f"this cache has state version {data['version']}, this kvmlx reads {STATE_VERSION}"
-        )
+        raise CacheFileError(f"this cache has state version {data['version']}, this kvmlx reads {STATE_VERSION}")
     arrays = dict(zip(data["arrays"], state[1:], strict=True))
     session = session_from_json(data["session"])
     return layer_from_json(backend, session, data["cache"], arrays), bool(data["batched"])

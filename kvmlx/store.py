@@ -141,12 +141,7 @@ class LayerStore:
 
     def _periods(self) -> dict[str, int]:
         """Return the rows that share one entry of each plane."""
-        specs = {
-            f"{s}.{p.name}": p.rows
-            for s in ("keys", "values")
-            for c, d in [self._side(s)]
-            for p in c.planes(d)
-        }
+        specs = {f"{s}.{p.name}": p.rows for s in ("keys", "values") for c, d in [self._side(s)] for p in c.planes(d)}
         return specs | {f"column.{n}": 1 for n in self.column_names}
 
     # -- tail -----------------------------------------------------------------------------------------------------
@@ -179,9 +174,7 @@ class LayerStore:
 
         def grow(x: Array) -> Array:
             b, h, _, *rest = x.shape
-            return xp.concat(
-                [x[:, :, : self.end], xp.zeros((b, h, grown - self.end, *rest), dtype=x.dtype)], axis=2
-            )
+            return xp.concat([x[:, :, : self.end], xp.zeros((b, h, grown - self.end, *rest), dtype=x.dtype)], axis=2)
 
         self.keys, self.values = grow(self.keys), grow(self.values)
         self.columns = {name: grow(c) for name, c in self.columns.items()}
@@ -255,7 +248,6 @@ class LayerStore:
         """Move the oldest ``counts[b, h]`` tail rows behind the sinks into the body; multiples of ``unit``."""
         if not counts.any():
             return
-        b, h, _, _ = self.shape
         first = self.begin.ravel() + np.minimum(self.sinks, self.tail_lengths.ravel())
         flat = counts.ravel()
         for n in np.unique(flat[flat > 0]):
@@ -346,9 +338,7 @@ class LayerStore:
             base = 0 if old is None else old.shape[0]
             source = fresh if old is None else xp.concat([old, fresh], axis=0)
             pieces = []
-            for lane, (at, held, room) in enumerate(
-                zip(self.start.flat, self.length.flat, span, strict=True)
-            ):
+            for lane, (at, held, room) in enumerate(zip(self.start.flat, self.length.flat, span, strict=True)):
                 rows = np.arange(at // period, (at + held) // period)
                 if lane in order:
                     rows = np.concatenate([rows, base + order[lane] * (n // period) + np.arange(n // period)])
@@ -408,10 +398,6 @@ class LayerStore:
         bias = parts["column.bias"][..., 0] if "column.bias" in parts else None
         return Tile(keys, values, valid, bias)
 
-    def body_column(self, name: str) -> Array:
-        """Return the column of every body row, flat ``[rows]``, head-room included."""
-        return self.planes[f"column.{name}"][:, 0]
-
     # -- reading as a stage does ----------------------------------------------------------------------------------
 
     def lane_rows(self, b: int, heads: slice) -> tuple[Array, Array, dict[str, Array]]:
@@ -438,7 +424,6 @@ class LayerStore:
         return joined.pop("keys"), joined.pop("values"), joined
 
     def _decode_lanes(self, b: int, heads: slice, n: int) -> dict[str, Array]:
-        xp = self.backend.xp
         starts = self.start[b, heads]
         parts = {}
         for name, period in self._periods().items():
@@ -499,9 +484,7 @@ class LayerStore:
                     at = s + int(whole[i, j])
                     lane = xp.concat([rows[:, :, :s], rows[:, :, at : int(left[i, j])]], axis=2)
                     short = most - lane.shape[2]
-                    lanes.append(
-                        xp.concat([xp.zeros((1, 1, short, *lane.shape[3:]), dtype=lane.dtype), lane], axis=2)
-                    )
+                    lanes.append(xp.concat([xp.zeros((1, 1, short, *lane.shape[3:]), dtype=lane.dtype), lane], axis=2))
             rows = xp.concat([xp.concat(lanes[i * h : (i + 1) * h], axis=1) for i in range(b)], axis=0)
             return xp.astype(rows, held.dtype)
 
@@ -562,9 +545,7 @@ class LayerStore:
         if stores:
             for name, period in self._periods().items():
                 sources = [s.planes[name] for s in stores]
-                base = dict(
-                    zip(map(id, stores), np.cumsum([0, *(p.shape[0] for p in sources)]), strict=False)
-                )
+                base = dict(zip(map(id, stores), np.cumsum([0, *(p.shape[0] for p in sources)]), strict=False))
                 pieces = []
                 for i, (s, b) in enumerate(parts):
                     for j in range(self.length.shape[1]):

@@ -57,7 +57,8 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {name: ("int", args) for name, 
 
 PRESETS: dict[str, str] = {
     "balanced": "turboquant(k=5, v=4, center=64)",
-    "small": "turboquant(k=4, v=3, center=64)",
+    "small": "turboquant(bits=4, center=64)",
+    "smaller": "turboquant(k=3, v=2, center=64)",
     "tiny": "turboquant(bits=2, center=64)",
 }
 """Names for the pipelines that measured best on a real model; docs/methods.md has each one's cost."""
@@ -194,9 +195,7 @@ def _check_composition(strategy: Strategy) -> None:
     for kind in (Select, Allocate, Merge):
         twice = [s for s in stages if isinstance(s, kind)]
         if len(twice) > 1:
-            raise StrategyError(
-                f"{twice[0].name} and {twice[1].name} are both {twice[0].kind} stages: keep one"
-            )
+            raise StrategyError(f"{twice[0].name} and {twice[1].name} are both {twice[0].kind} stages: keep one")
     for side, codec in (("keys", "key_codec"), ("values", "value_codec")):
         both = [s for s in strategy.encoders if getattr(s, codec)() is not None]
         if len(both) > 1:
@@ -303,9 +302,7 @@ class _Parser:
         args = self._arguments() if self._accept("(") else {}
         if name in PRESETS:
             if args:
-                raise StrategyError(
-                    f"the preset {name!r} takes no parameters; it is {PRESETS[name]!r}: write that out"
-                )
+                raise StrategyError(f"the preset {name!r} takes no parameters; it is {PRESETS[name]!r}: write that out")
             yield from _Parser(PRESETS[name]).stages()
             return
         yield make_stage(name, args)

@@ -54,9 +54,7 @@ def check_budget(budget: Budget, *, name: str = "budget") -> None:
             "without a decimal point"
         )
     if isinstance(budget, int) and budget < 1:
-        raise StrategyError(
-            f"{name} in tokens must be >= 1, got {budget!r}; it is what is KEPT, e.g. 0.25 or 1024"
-        )
+        raise StrategyError(f"{name} in tokens must be >= 1, got {budget!r}; it is what is KEPT, e.g. 0.25 or 1024")
 
 
 def resolve_budget(budget: Budget, tokens: int) -> int:
@@ -187,6 +185,10 @@ class Backend(Protocol):
 
     def after(self, x: Array, dependencies: list[Array]) -> Array:
         """Return ``x``, evaluated only together with ``dependencies`` where the framework is lazy."""
+        ...
+
+    def evaluate(self, arrays: list[Array]) -> None:
+        """Compute ``arrays`` now, where the framework is lazy."""
         ...
 
     def from_numpy(self, x: np.ndarray) -> Array: ...

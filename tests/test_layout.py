@@ -89,9 +89,7 @@ def test_fold_sum_is_the_sum_and_equal_on_every_backend(n):
 
 def test_to_float16_clamps():
     x = np.array([1e6, -1e6, 65504.0, 0.1], np.float32)
-    np.testing.assert_array_equal(
-        layout.to_float16(np, x), np.array([65504.0, -65504.0, 65504.0, 0.1], np.float16)
-    )
+    np.testing.assert_array_equal(layout.to_float16(np, x), np.array([65504.0, -65504.0, 65504.0, 0.1], np.float16))
 
 
 def test_signs_are_those_of_splitmix64():

@@ -62,9 +62,7 @@ class Case:
     def arrays(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(self.seed)
         centres = rng.standard_normal((5, DIM))
-        keys = centres[rng.integers(0, 5, (1, self.h, self.t))] + 0.4 * rng.standard_normal(
-            (1, self.h, self.t, DIM)
-        )
+        keys = centres[rng.integers(0, 5, (1, self.h, self.t))] + 0.4 * rng.standard_normal((1, self.h, self.t, DIM))
         x = {
             "keys": keys * self.loud,
             "values": rng.standard_normal((1, self.h, self.t, VALUE_DIM)),
@@ -84,9 +82,7 @@ class Case:
         scores[..., self.t - self.w :] = 2.0
         kept = top_rows(np, scores, self.kept)
         every = range(self.t)
-        dropped = np.array(
-            [[[r for r in every if r not in set(rows)] for rows in kept[0].tolist()]], dtype=np.int32
-        )
+        dropped = np.array([[[r for r in every if r not in set(rows)] for rows in kept[0].tolist()]], dtype=np.int32)
         return kept, dropped.reshape(1, self.h, self.t - self.kept)
 
 
@@ -168,9 +164,7 @@ def oracle(case: Case, stage: KeepKV) -> tuple[np.ndarray, np.ndarray, np.ndarra
 @each_case
 @each_form
 @pytest.mark.parametrize(("similarity", "window", "decay"), [(0.8, 32, 0.9), (0.9, 2, 0.5), (-1.0, 3, 1.0)])
-def test_keepkv(
-    backend: PlainBackend, case: Case, form: Any, similarity: float, window: int, decay: float
-) -> None:
+def test_keepkv(backend: PlainBackend, case: Case, form: Any, similarity: float, window: int, decay: float) -> None:
     stage = KeepKV(form=form, similarity=similarity, window=window, decay=decay)
     *expected, taken = oracle(case, stage)
     for given_, wanted in zip(fold(stage, case, backend), expected, strict=True):
@@ -242,9 +236,7 @@ def test_paper_form_is_exact_where_its_factor_is_trusted(backend: PlainBackend) 
     np.testing.assert_allclose(votes.sum(axis=-1), case.t, rtol=1e-5)
     for h in range(case.h):
         before = attend(query[0, h], shifted[0, h], x["values"][0, h], np.zeros(case.t))
-        np.testing.assert_allclose(
-            attend(query[0, h], *(a[0, h] for a in folded)), before, rtol=1e-4, atol=1e-4
-        )
+        np.testing.assert_allclose(attend(query[0, h], *(a[0, h] for a in folded)), before, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -323,9 +315,7 @@ def test_constant_rows_stay_finite(backend: PlainBackend, form: Any, fill: float
 @each_form
 def test_half_precision_rows_keep_their_type(backend: PlainBackend, form: Any) -> None:
     case, xp = Case(h=4, group=1, t=65, w=1, kept=9, loud=4.0), backend.xp
-    halves = {
-        name: xp.astype(backend.from_numpy(case.arrays()[name]), xp.float16) for name in ("keys", "values")
-    }
+    halves = {name: xp.astype(backend.from_numpy(case.arrays()[name]), xp.float16) for name in ("keys", "values")}
     kept, dropped = (backend.from_numpy(x) for x in case.split())
     keys, values, bias = KeepKV(form, similarity=-1.0).fold(case.rows(backend, **halves), kept, dropped)
     assert keys.dtype == values.dtype == xp.float16

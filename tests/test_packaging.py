@@ -57,9 +57,7 @@ def fresh_venv(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
-def test_every_package_imports_from_a_fresh_environment(
-    kind: str, artifacts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_every_package_imports_from_a_fresh_environment(kind: str, artifacts: dict[str, Path], tmp_path: Path) -> None:
     python = fresh_venv(tmp_path / "venv")
     pip = f"-m pip --python {python} install -q --no-deps --no-index --no-build-isolation --ignore-installed"
     run(sys.executable, *pip.split(), *(["-e"] if kind == "editable" else []), artifacts[kind], cwd=tmp_path)

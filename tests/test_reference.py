@@ -138,9 +138,7 @@ def test_packing_as_uint32_is_mlx_order(bits: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 1000), st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([8, 32]), st.floats(1e-3, 1e3)
-)
+@given(st.integers(0, 1000), st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([8, 32]), st.floats(1e-3, 1e3))
 def test_affine_error_is_bounded(seed: int, bits: int, group: int, size: float) -> None:
     """Half a step, plus what the rounding of scale and zero to float16 takes away at the ends."""
     x = gaussian(seed, 5, 64) * size
@@ -357,9 +355,7 @@ def test_largest_remainder_gives_ties_to_the_first() -> None:
 def attention_over(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.ndarray, scale: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    out, lse = ref.attention(
-        q[None, None, None], k[None, None], v[None, None], bias=bias[None, None], scale=scale
-    )
+    out, lse = ref.attention(q[None, None, None], k[None, None], v[None, None], bias=bias[None, None], scale=scale)
     return out[0, 0, 0], lse[0, 0]
 
 

@@ -123,9 +123,7 @@ def attention(case: Case, query: int, head: int, *, bias: bool = True) -> np.nda
     out = np.zeros(case.t)
     visible = case.t - case.w + query + 1
     for row in range(visible):
-        logit = float(
-            x["queries"][0, head, query].astype(np.float64) @ x["keys"][0, kv, row].astype(np.float64)
-        )
+        logit = float(x["queries"][0, head, query].astype(np.float64) @ x["keys"][0, kv, row].astype(np.float64))
         logit = logit * DIM**-0.5 + (float(x["bias"][0, kv, row]) if case.biased and bias else 0.0)
         out[row] = math.exp(logit)
     return out / out.sum()
@@ -231,9 +229,7 @@ def rotate(x: np.ndarray, position: int) -> np.ndarray:
 def expected_attention_scores(case: Case, select: ExpectedAttention) -> np.ndarray:
     x = {name: a.astype(np.float64) for name, a in case.arrays().items()}
     length, sinks = case.t + case.evicted, min(select.sinks, case.t)
-    rotation = np.mean(
-        [[rotate(e, p) for e in np.eye(DIM)] for p in range(length, length + select.n_future)], axis=0
-    ).T
+    rotation = np.mean([[rotate(e, p) for e in np.eye(DIM)] for p in range(length, length + select.n_future)], axis=0).T
     out = np.zeros((case.h, case.t))
     for kv in range(case.h):
         for head in range(kv * case.group, (kv + 1) * case.group):
@@ -343,11 +339,7 @@ DEGENERATE = [
 @pytest.mark.parametrize("fill", [0.0, 3.0, 300.0])
 def test_constant_rows_score_alike_and_finite(backend: PlainBackend, select: Select, fill: float) -> None:
     case = Case(h=2, group=3, t=21, w=8)
-    x = {
-        name: np.full_like(a, fill)
-        for name, a in case.arrays().items()
-        if name in ("keys", "values", "queries")
-    }
+    x = {name: np.full_like(a, fill) for name, a in case.arrays().items() if name in ("keys", "values", "queries")}
     rows = case.rows(backend, **{name: backend.from_numpy(a) for name, a in x.items()})
     scores = np.array(select.score(rows))
     assert np.isfinite(scores).all()

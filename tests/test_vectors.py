@@ -227,9 +227,7 @@ def test_kivi_keys(backend: Backend, case: Case) -> None:
 def test_codebook(backend: Backend, case: Case) -> None:
     params, t = case
     means = t.get("means")
-    check_codec(
-        backend, case, ref.codebook_decode(codes(case), t["scales"], means, params["bits"], np.float32)
-    )
+    check_codec(backend, case, ref.codebook_decode(codes(case), t["scales"], means, params["bits"], np.float32))
 
 
 # Stages
@@ -244,9 +242,7 @@ def test_select(backend: Backend, case: Case) -> None:
     assert isinstance(stage, Select)
     sums = None
     if params["method"] == "h2o":
-        received = backend.column_sums(
-            given(backend, t["queries"]), given(backend, t["keys"]), scale=params["scale"]
-        )
+        received = backend.column_sums(given(backend, t["queries"]), given(backend, t["keys"]), scale=params["scale"])
         sums = ops.group_mean(xp, received, t["keys"].shape[1])
     rows = Rows(
         backend=backend,

@@ -38,9 +38,7 @@ def assert_close(
     assert np.array_equal(np.where(finite, 0.0, got), np.where(finite, 0.0, want)), (
         f"{name}: not infinite where the oracle is"
     )
-    assert np.isfinite(got[finite]).all(), (
-        f"{name}: {np.sum(~np.isfinite(got[finite]))} values are not finite"
-    )
+    assert np.isfinite(got[finite]).all(), f"{name}: {np.sum(~np.isfinite(got[finite]))} values are not finite"
     if not finite.any():
         return
     error = np.abs(got[finite] - want[finite]).max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -72,12 +73,14 @@ class CompressedRows:
     __rmatmul__ = __add__ = __radd__ = __mul__ = __rmul__ = __truediv__ = __matmul__
 
 
-class _Shared:
-    """What the caches of one model note for each other during one forward."""
+class _Forward(threading.local):
+    """What the caches of a model note for each other during one forward."""
 
-    def __init__(self) -> None:
-        self.causal: mx.array | None = None
-        """The last causal mask that one of them made as an array: it says nothing that attention does not know."""
+    causal: mx.array | None = None
+    """The last causal mask that one of them made as an array: it says nothing that attention does not know."""
+
+
+_FORWARD = _Forward()
 
 
 class KVMLXCache:
@@ -86,9 +89,8 @@ class KVMLXCache:
     Not a subclass of mlx-lm's caches: their `merge` and `to_quantized` would swap in plain ones.
     """
 
-    def __init__(self, layer: LayerCache, shared: _Shared, *, batched: bool = False) -> None:
+    def __init__(self, layer: LayerCache, *, batched: bool = False) -> None:
         self.layer = layer
-        self.shared = shared
         self.batched = batched
         self.left: np.ndarray | None = None
         self.attended = False
@@ -117,7 +119,7 @@ class KVMLXCache:
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Return the mask for N new tokens: None, "causal", or an array where the model insists on one."""
         self.layer.settle()
-        self.shared.causal = None
+        _FORWARD.causal = None
         store = self.layer.store
         held = 0 if store.empty else int(store.lengths.max())
         if window_size is not None:
@@ -128,12 +130,12 @@ class KVMLXCache:
             left = mx.array((store.begin[:, 0] - first).astype(np.int32))
             return base.create_causal_mask(N, store.end - first, left_padding=left)
         if return_array and (N > 1 or not self.batched):
-            self.shared.causal = base.create_causal_mask(N, held)
-            return self.shared.causal
+            _FORWARD.causal = base.create_causal_mask(N, held)
+            return _FORWARD.causal
         return None if N == 1 else "causal"
 
     def attend(self, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None) -> mx.array:
-        own = mask is None or isinstance(mask, str) or mask is self.shared.causal
+        own = mask is None or isinstance(mask, str) or mask is _FORWARD.causal
         mask = None if own else mask
         if not self.attended:
             self.attended = True
@@ -157,7 +159,7 @@ class KVMLXCache:
     @state.setter
     def state(self, value: Any) -> None:
         self.layer, self.batched = from_state(BACKEND, value)
-        self.shared, self.left, self.attended = _Shared(), None, False
+        self.left, self.attended = None, False
 
     @classmethod
     def from_state(cls, state: Any) -> KVMLXCache:
@@ -190,13 +192,13 @@ class KVMLXCache:
         first = caches[0]
         for cache in caches:
             cache.layer._ensure_batch()
-        return cls(first.layer.take([(c.layer, 0) for c in caches]), first.shared, batched=True)
+        return cls(first.layer.take([(c.layer, 0) for c in caches]), batched=True)
 
     def extract(self, idx: int) -> KVMLXCache:
-        return KVMLXCache(self.layer.take([(self.layer, idx)]), _Shared())
+        return KVMLXCache(self.layer.take([(self.layer, idx)]))
 
     def filter(self, batch_indices: Any) -> None:
-        keep = batch_indices.tolist() if isinstance(batch_indices, mx.array) else list(batch_indices)
+        keep = np.array(batch_indices).ravel()
         self.layer = self.layer.take([(self.layer, int(b)) for b in keep])
 
     def extend(self, other: KVMLXCache) -> None:
@@ -205,9 +207,7 @@ class KVMLXCache:
 
     def prepare(self, *, left_padding: Any = None, lengths: Any = None, right_padding: Any = None) -> None:
         if left_padding is not None and max(left_padding) > 0:
-            raise UnsupportedModelError(
-                "kvmlx pads batches on the right, as mlx-lm's own batch generator does"
-            )
+            raise UnsupportedModelError("kvmlx pads batches on the right, as mlx-lm's own batch generator does")
         if lengths is not None and right_padding is not None and max(right_padding) > 0:
             self.layer.settle(chunk_end=True)
             self.layer.remaining = np.array([int(n) for n in lengths], np.int64)
@@ -217,9 +217,7 @@ class KVMLXCache:
         self.layer.remaining = None
 
 
-def attention(
-    queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None
-) -> mx.array:
+def attention(queries: Any, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: Any = None) -> mx.array:
     """Attend over a compressed cache; everything else goes to mlx-lm's own function."""
     if type(keys) is CompressedRows:
         return keys.cache.attend(queries, scale, mask, sinks)
@@ -230,10 +228,7 @@ def install() -> None:
     """Let mlx-lm's attention and its cache files know kvmlx's caches. Idempotent; stock caches run as before."""
     stock.KVMLXCache = KVMLXCache  # type: ignore[attr-defined]
     for name, module in list(sys.modules.items()):
-        if (
-            name.startswith("mlx_lm.")
-            and getattr(module, "scaled_dot_product_attention", None) is _STOCK_ATTENTION
-        ):
+        if name.startswith("mlx_lm.") and getattr(module, "scaled_dot_product_attention", None) is _STOCK_ATTENTION:
             module.scaled_dot_product_attention = attention  # type: ignore[attr-defined]
 
 
@@ -251,7 +246,7 @@ def make_prompt_cache(model: Any, strategy: str | Stage | Strategy, *, inspect: 
     """
     strategy = Strategy.of(strategy)
     install()
-    original = getattr(model, "_kvmlx_make_cache", None) or getattr(model, "make_cache", None)
+    original = getattr(model, "_kvmlx_make_cache" if _wrapped(model) else "make_cache", None)
     entries = original() if original else [stock.KVCache() for _ in model.layers]
     reason = refusal(model)
     if reason and not strategy.identity:
@@ -266,16 +261,26 @@ def make_prompt_cache(model: Any, strategy: str | Stage | Strategy, *, inspect: 
             "there is nothing that kvmlx could compress"
         )
     managed = [i for i, _, _ in slots]
-    unmanaged = tuple(f"layer {i}: {_kind(e)}" for i, e in enumerate(entries) if i not in set(managed))
+    unmanaged = tuple(
+        f"layer {i}: {_kind(part)}"
+        for i, entry in enumerate(entries)
+        for part in (getattr(entry, "caches", [entry]) if i in managed else [entry])
+        if i not in managed or type(part) is not stock.KVCache
+    )
     info = describe(model, managed, len(entries))
     for layer in info.layers:
         for codec, dim in zip(strategy.codecs(), (layer.key_dim, layer.value_dim), strict=True):
             if codec is not None and dim:
                 codec.check(dim)
+    bare = [str(i) for i, layer in zip(managed, info.layers, strict=True) if layer.rotary is None]
+    if "query_moments" in strategy.needs and bare:
+        raise UnsupportedModelError(
+            f"{model_type(model)} cannot be served with {str(strategy)!r}: it needs plain rotary position "
+            f"embeddings, which layers {', '.join(bare)} have not; use snapkv, h2o or keydiff"
+        )
     session = Session(strategy, info, len(managed), unmanaged, inspect)
-    shared = _Shared()
     for number, (_, owner, at) in enumerate(slots):
-        owner[at] = KVMLXCache(LayerCache(BACKEND, session, number), shared)
+        owner[at] = KVMLXCache(LayerCache(BACKEND, session, number))
     return entries
 
 
@@ -307,19 +312,27 @@ def wrap_model(model: Any, strategy: str | Stage | Strategy) -> Any:
     Returns the same model. `unwrap_model` undoes it. The strategy is checked at once, not at the first use.
     """
     strategy = Strategy.of(strategy)
+    make_prompt_cache(model, strategy)
     unwrap_model(model)
     object.__setattr__(model, "_kvmlx_make_cache", getattr(model, "make_cache", None))
-    make_prompt_cache(model, strategy)
     object.__setattr__(model, "make_cache", lambda: make_prompt_cache(model, strategy))
     return model
 
 
 def unwrap_model(model: Any) -> Any:
     """Give the model its own ``make_cache`` back."""
+    if not _wrapped(model):
+        return model
+    original = model.__dict__["_kvmlx_make_cache"]
     for name in ("make_cache", "_kvmlx_make_cache"):
-        if name in getattr(model, "__dict__", {}):
-            object.__delattr__(model, name)
+        object.__delattr__(model, name)
+    if getattr(model, "make_cache", None) != original:  # not the class's method, but one of the instance's own
+        object.__setattr__(model, "make_cache", original)
     return model
+
+
+def _wrapped(model: Any) -> bool:
+    return "_kvmlx_make_cache" in getattr(model, "__dict__", {})
 
 
 def model_type(model: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lm.models import cache as stock
 
 from kvmlx import files
-from kvmlx.backends.mlx.adapter import KVMLXCache, _Shared, install, layers_of, make_prompt_cache
+from kvmlx.backends.mlx.adapter import KVMLXCache, install, layers_of, make_prompt_cache
 from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.session import Session
 from kvmlx.state import layer_from_json, layer_to_json, session_from_json, session_to_json
@@ -57,9 +57,7 @@ def save_prompt_cache(
     files.write(path, {key: _to_stored(array) for key, array in arrays.items()}, header)
 
 
-def load_prompt_cache(
-    path: str | os.PathLike[str], *, model: Any = None, return_metadata: bool = False
-) -> Any:
+def load_prompt_cache(path: str | os.PathLike[str], *, model: Any = None, return_metadata: bool = False) -> Any:
     """Read the caches of one model; a file of mlx-lm's own saver gives mlx-lm's own caches.
 
     Args:
@@ -90,9 +88,7 @@ def _consistent(name: str) -> Iterator[None]:
     except KVMLXError as error:
         raise CacheFileError(f"{name} cannot be loaded: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CacheFileError(
-            f"{name} cannot be loaded: its contents do not fit together ({error!r:.200})"
-        ) from error
+        raise CacheFileError(f"{name} cannot be loaded: its contents do not fit together ({error!r:.200})") from error
 
 
 def _dumps(data: Any) -> str:
@@ -116,9 +112,7 @@ def _to_entry(name: str, prefix: str, cache: Any, arrays: Arrays) -> dict[str, A
         return {"class": "KVMLXCache", "batched": cache.batched, "cache": layer_to_json(cache.layer)}
     kind = type(cache).__name__
     if _STOCK.get(kind) is not type(cache):
-        raise CacheFileError(
-            f"{name} cannot be written: {kind} is neither a cache of kvmlx nor one of mlx-lm"
-        )
+        raise CacheFileError(f"{name} cannot be written: {kind} is neither a cache of kvmlx nor one of mlx-lm")
     if type(cache) is stock.CacheList:
         parts = [_to_entry(name, f"{prefix}.{i}", c, arrays) for i, c in enumerate(cache.caches)]
         return {"class": kind, "caches": parts}
@@ -164,8 +158,7 @@ def _load_own(header: dict[str, str], arrays: Arrays) -> tuple[list[Any], dict[s
         model = files.parse_json(header["model"], "its model field")
         session = session_from_json({"strategy": header["strategy"], **model})
     entries = files.parse_json(header["caches"], "its caches field")
-    shared = _Shared()
-    caches = [_from_entry(str(i), entry, arrays, session, shared) for i, entry in enumerate(entries)]
+    caches = [_from_entry(str(i), entry, arrays, session) for i, entry in enumerate(entries)]
     if arrays:
         raise CacheFileError(f"no cache owns the array {next(iter(arrays))!r:.80}")
     _check_layers(caches, session)
@@ -182,7 +175,7 @@ def _check_layers(caches: Sequence[Any], session: Session | None) -> None:
         raise CacheFileError("its layers hold different numbers of sequences")
 
 
-def _from_entry(prefix: str, entry: Any, arrays: Arrays, session: Session | None, shared: _Shared) -> Any:
+def _from_entry(prefix: str, entry: Any, arrays: Arrays, session: Session | None) -> Any:
     kind = entry["class"]
     if kind == "KVMLXCache":
         if session is None:
@@ -192,10 +185,10 @@ def _from_entry(prefix: str, entry: Any, arrays: Arrays, session: Session | None
         layer = layer_from_json(BACKEND, session, entry["cache"], own)
         if unknown := own.keys() - layer.arrays().keys():
             raise CacheFileError(f"layer {layer.layer} does not own the array {min(unknown)!r:.80}")
-        return KVMLXCache(layer, shared, batched=bool(entry["batched"]))
+        return KVMLXCache(layer, batched=bool(entry["batched"]))
     if kind == "CacheList":
         parts = enumerate(entry["caches"])
-        return stock.CacheList(*(_from_entry(f"{prefix}.{i}", c, arrays, session, shared) for i, c in parts))
+        return stock.CacheList(*(_from_entry(f"{prefix}.{i}", c, arrays, session) for i, c in parts))
     return _stock_class(kind).from_state(_from_json(entry["state"], arrays))
 
 
@@ -222,7 +215,7 @@ def _load_stock(header: dict[str, str], arrays: Arrays) -> tuple[list[Any], dict
     return caches, metadata
 
 
-def _scalar(array: mx.array, kind: str) -> Any:
+def _scalar(array: Any, kind: str) -> Any:
     if kind == "scalar":
         return array.item()
     if kind == "string":
@@ -274,8 +267,7 @@ def _check_model(name: str, caches: Sequence[Any], model: Any) -> None:
     made_with = theirs[0].session.model
     if reason := _difference(made_with, own):
         raise CacheFileError(
-            f"{name} was made with another model: {_summary(made_with)}; the model given is {_summary(own)} "
-            f"({reason})"
+            f"{name} was made with another model: {_summary(made_with)}; the model given is {_summary(own)} ({reason})"
         )
     if [isinstance(c, KVMLXCache) for c in caches] != [isinstance(c, KVMLXCache) for c in expected]:
         raise CacheFileError(f"{name} compresses other layers than kvmlx compresses in the model given")
@@ -308,6 +300,5 @@ def _same_rotary(x: LayerInfo, y: LayerInfo) -> bool:
     if a is None or b is None:
         return a is b
     return (a.first, a.second) == (b.first, b.second) and bool(
-        np.allclose(a.frequency, b.frequency, rtol=1e-2, atol=1e-4)
-        and np.isclose(a.factor, b.factor, rtol=1e-3)
+        np.allclose(a.frequency, b.frequency, rtol=1e-2, atol=1e-4) and np.isclose(a.factor, b.factor, rtol=1e-3)
     )

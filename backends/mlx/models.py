@@ -1,4 +1,7 @@
-"""What kvmlx knows of mlx-lm's models: their layers, their rotary embeddings, and which it cannot serve."""
+"""What kvmlx knows of mlx-lm's models: their layers, their rotary embeddings, and which it cannot serve.
+
+Found by scripts/compatibility.py, which runs every architecture; its table is docs/compatibility.md.
+"""
 
 from __future__ import annotations
 
@@ -11,133 +14,206 @@ import numpy as np
 
 from kvmlx.types import LayerInfo, ModelInfo, Rotary
 
-REFUSED: dict[str, str] = {}
-"""Models whose attention does not go through mlx-lm's shared function, by module name, with the reason."""
+_LATENT = (
+    "it caches the latent of multi-head latent attention (MLA), already a compressed form of keys and "
+    "values, and expands it inside the model"
+)
+_MANUAL = "it computes attention itself, outside mlx-lm's shared function"
+
+REFUSED: dict[str, str] = {
+    "bailing_hybrid": _LATENT,
+    "bailing_moe_v3": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "glm4_moe_lite": _LATENT,
+    "glm_moe_dsa": _LATENT,
+    "kimi_k25": _LATENT,
+    "kimi_k3": _LATENT,
+    "kimi_linear": _LATENT,
+    "kimi_vl": _LATENT,
+    "longcat_flash": _LATENT,
+    "longcat_flash_ngram": _LATENT,
+    "mistral4": _LATENT,
+    "gemma2": f"{_MANUAL}, to cap the logits",
+    "olmo": _MANUAL,
+    "phi3small": f"{_MANUAL} in its block-sparse layers, with a mask over the places of all tokens",
+    "plamo": "it repeats its cached keys and values for every query head before it attends",
+    "plamo2": "it calls mx.fast.scaled_dot_product_attention itself, not mlx-lm's shared function",
+    "minimax_m3_vl": "its indexer selects blocks by the places of all tokens in the cache",
+}
+"""Models whose attention cannot be handed to kvmlx, by mlx-lm's module name, with the reason."""
+
+_NORM_AFTER_ROPE = frozenset({"afm7", "hunyuan", "hunyuan_v1_dense"})
+"""Modules that scale a key's channels after they rotated it: undoing the rotation is not enough there."""
+
+_ROPE_IN_SLIDING_LAYERS = frozenset({"cohere2"})
+"""Modules whose full-attention layers own a rotary embedding and leave it unused."""
+
+_HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_head", "q_num_heads")
+_KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads", "n_head_kv", "k_num_heads")
+_FUSED = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
+"""Projections to queries, keys and values in one."""
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "mixer", "temporal_block", "norm_attn_norm")
 
 
 def refusal(model: Any) -> str | None:
     """Return why the model cannot have a compressed cache, or None."""
-    for module in _modules(model):
-        if module in REFUSED:
-            return REFUSED[module]
-    return None
+    return next((REFUSED[module] for module in _modules(model) if module in REFUSED), None)
 
 
 def _modules(model: Any) -> Iterator[str]:
     """Yield the mlx-lm module of the model, and of the language model inside a multi-modal wrapper."""
-    seen = [model, getattr(model, "language_model", None), getattr(model, "model", None)]
-    for part in seen:
+    language = getattr(model, "language_model", None)
+    for part in (model, language, getattr(model, "model", None), getattr(language, "model", None)):
         if part is not None:
-            yield type(part).__module__.rpartition(".")[2]
+            yield _module(part)
 
 
-def describe(model: Any, managed: Sequence[int]) -> ModelInfo:
-    """Return what is known of the managed layers before they run."""
-    name = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
-    layers = list(model.layers)
-    out = []
-    for number, i in enumerate(managed):
-        attention = _attention(layers[i]) if i < len(layers) else None
-        out.append(_layer(number, attention))
-    return ModelInfo(str(name), tuple(out))
+def _module(part: Any) -> str:
+    return type(part).__module__.rpartition(".")[2]
+
+
+def describe(model: Any, managed: Sequence[int], n_caches: int) -> ModelInfo:
+    """Return what is known of the layers before they run.
+
+    Args:
+        model: an mlx-lm model.
+        managed: which of its caches kvmlx manages.
+        n_caches: how many caches it has: not always as many as layers.
+    """
+    name = getattr(model, "model_type", None) or _module(model)
+    attention = _attention_of(list(model.layers), managed, n_caches)
+    return ModelInfo(str(name), tuple(_layer(i, a) for i, a in enumerate(attention)))
+
+
+def _attention_of(layers: list[Any], managed: Sequence[int], n_caches: int) -> list[Any]:
+    """Return the attention module that each managed cache belongs to."""
+    found = [_attention(layer) for layer in layers]
+    if n_caches > len(layers):  # a looped model runs its layers again, with caches of their own
+        return [found[i % len(layers)] for i in managed]
+    if n_caches < len(layers):  # some layers have no cache: they attend to another's, or not at all
+        present = [a for a in found if a is not None]
+        owners = [a for a in present if _projections(a)]
+        if len(present) == n_caches:
+            return [present[i] for i in managed]
+        if len(owners) == len(managed):
+            return owners
+    return [found[i] for i in managed]
 
 
 def _attention(layer: Any) -> Any:
-    """Return the attention module of a block: the one that owns key projections or a rotary embedding."""
-    for name in ("self_attn", "attn", "attention", "self_attention", "mixer", "temporal_block"):
+    """Return the attention module of a block, or None."""
+    for name in _ATTENTION:
         module = getattr(layer, name, None)
         if module is not None:
-            return module
+            inner = (getattr(module, part, None) for part in ("attn", "attention"))
+            return next((part for part in inner if isinstance(part, nn.Module)), module)
     return None
 
 
+def _projections(attention: Any) -> bool:
+    return any(getattr(attention, name, None) is not None for name in ("k_proj", *_FUSED))
+
+
 def _layer(number: int, attention: Any) -> LayerInfo:
-    heads = _first(attention, ("n_heads", "num_heads", "num_attention_heads", "n_head"))
-    kv_heads = _first(attention, ("n_kv_heads", "num_kv_heads", "num_key_value_heads", "n_head_kv"))
-    dim = _first(attention, ("head_dim", "head_size"))
-    key_dim, value_dim = _dims(attention, heads, kv_heads, dim)
-    return LayerInfo(number, heads, kv_heads or heads, key_dim, value_dim, rotary_of(attention, key_dim))
+    heads = _first(attention, _HEADS)
+    kv_heads = _first(attention, _KV_HEADS) or heads
+    key_dim, value_dim = _dims(attention, heads, kv_heads)
+    return LayerInfo(number, heads, kv_heads, key_dim, value_dim, rotary_of(attention, key_dim))
 
 
 def _first(module: Any, names: Iterable[str]) -> int:
-    for name in names:
-        value = getattr(module, name, None)
-        if isinstance(value, int):
-            return value
-    return 0
+    values = (getattr(module, name, None) for name in names)
+    return next((v for v in values if isinstance(v, int) and v > 0), 0)
 
 
-def _dims(attention: Any, heads: int, kv_heads: int, dim: int) -> tuple[int, int]:
-    if dim:
-        return dim, dim
-    out = []
-    for name in ("k_proj", "v_proj"):
-        projection = getattr(attention, name, None)
-        weight = getattr(projection, "weight", None)
-        out.append(
-            weight.shape[0] // (kv_heads or heads) if weight is not None and (kv_heads or heads) else 0
-        )
-    return out[0], out[1]
+def _dims(attention: Any, heads: int, kv_heads: int) -> tuple[int, int]:
+    """Return the channels of a key and of a value; 0 where the module does not tell."""
+    rope, nope = (_first(attention, (f"qk_{part}_head_dim",)) for part in ("rope", "nope"))
+    key = rope + nope if rope and nope else _first(attention, ("head_dim", "head_size", "qk_dim"))
+    value = _first(attention, ("v_head_dim", "v_dim")) or key
+    if key:
+        return key, value
+    if not kv_heads:
+        return 0, 0
+    key, value = (_rows(attention, name) // kv_heads for name in ("k_proj", "v_proj"))
+    fused = max(_rows(attention, name) for name in _FUSED) // (heads + 2 * kv_heads)
+    return key or fused, value or fused
+
+
+def _rows(attention: Any, projection: str) -> int:
+    weight = getattr(getattr(attention, projection, None), "weight", None)
+    return 0 if weight is None else int(weight.shape[0])
+
+
+# -- rotary embeddings --------------------------------------------------------------------------------------
 
 
 def rotary_of(attention: Any, dim: int) -> Rotary | None:
     """Measure the layer's rotary embedding: channel pairs, frequencies and factor; None if it is not plain.
 
-    The module itself is asked: unit vectors through it at position 1 show the pairs and the angles, whatever the
-    scaling; a second look at position 1000 must agree, or the angles are not linear in the position.
+    The module itself is asked, whatever its scaling: unit vectors through it at position 1 show the pairs and
+    their angles, later positions make these exact, and must agree with them. Where the layer rotates only the
+    last channels of a key, the others come first and stay.
     """
-    rope = next(
-        (m for n in ("rope", "rotary_emb", "rotary") if callable(m := getattr(attention, n, None))), None
-    )
-    if rope is None or not dim or not isinstance(rope, nn.Module):
+    rope = next((m for n in ("rope", "rotary_emb", "rotary") if callable(m := getattr(attention, n, None))), None)
+    if not isinstance(rope, nn.Module) or not dim or _module(attention) in _NORM_AFTER_ROPE | _ROPE_IN_SLIDING_LAYERS:
         return None
+    rotated = _first(attention, ("qk_rope_head_dim",)) or dim
+    rotary = _measure(rope, rotated)
+    if rotary is None or rotated == dim:
+        return rotary
+    first, second = (tuple(i + dim - rotated for i in pair) for pair in (rotary.first, rotary.second))
+    return Rotary(first, second, rotary.frequency, rotary.factor)
 
-    def matrix(position: int) -> np.ndarray | None:
-        try:
-            out = rope(mx.eye(dim)[:, None, None, :], offset=position)
-        except (TypeError, ValueError):
-            return None
-        return np.array(out.astype(mx.float32))[:, 0, 0, :]
 
-    one, far = matrix(1), matrix(1000)
-    if one is None or far is None or one.shape != (dim, dim):
-        return None
-    found = _pairs(one)
+def _measure(rope: nn.Module, dim: int) -> Rotary | None:
+    found = _pairs(_turn(rope, dim, 1))
     if found is None:
         return None
-    rotary = found
-    return rotary if _agrees(rotary, far, 1000) else None
-
-
-def _pairs(turn: np.ndarray) -> Rotary | None:
-    """Read pairs and angles off a rotation's matrix (row i is where channel i goes)."""
-    dim = len(turn)
-    first, second, frequency, factors = [], [], [], []
-    still = [i for i in range(dim) if np.array_equal(turn[i], np.eye(dim)[i])]
-    half = (dim - len(still)) // 2
-    done: set[int] = set()
-    for i in range(dim):
-        if i in done or i in still:
-            continue
-        others = [j for j in np.flatnonzero(turn[i]) if j != i]
-        j = int(others[0]) if len(others) == 1 else i + half
-        if j >= dim or len(others) > 1:
+    first, second, angle, factor = found
+    # A float32 frequency times a power of two is exact, so that each step gives more bits of it.
+    for position in (2**6, 2**12, 2**20):
+        turn = _turn(rope, dim, position)
+        if turn is None:
             return None
-        angle = float(np.arctan2(turn[i, j], turn[i, i]))
-        first.append(i)
-        second.append(j)
-        frequency.append(angle)
-        factors.append(float(np.hypot(turn[i, i], turn[i, j])))
-        done |= {i, j}
-    if not first or not np.allclose(factors, factors[0], rtol=1e-4):
+        small = angle * position < 2**13  # beyond it some float32 sines are off
+        seen = np.arctan2(turn[first, second], turn[first, first])
+        off = (seen - angle * position + np.pi) % (2 * np.pi) - np.pi
+        if np.abs(off[small]).max(initial=0.0) > 1e-2:
+            return None
+        angle = np.where(small, angle + off / position, angle)
+    return Rotary(tuple(map(int, first)), tuple(map(int, second)), tuple(map(float, angle)), round(float(factor), 6))
+
+
+def _turn(rope: nn.Module, dim: int, position: int) -> np.ndarray | None:
+    """Return the rotation at a position as a matrix: row i is where channel i goes. None if it is not one."""
+    # On the CPU: a GPU's fast sines are off at large angles.
+    with mx.stream(mx.cpu):
+        try:
+            out = rope(mx.eye(dim)[None, :, None, :], offset=position)
+        except (TypeError, ValueError):
+            return None
+        turn = np.array(out.astype(mx.float32), dtype=np.float64)
+    return turn[0, :, 0, :] if turn.shape == (1, dim, 1, dim) else None
+
+
+def _pairs(turn: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, float] | None:
+    """Read pairs, angles and factor off a rotation's matrix; None if it is another map, or the identity."""
+    if turn is None:
         return None
-    return Rotary(tuple(first), tuple(second), tuple(frequency), round(factors[0], 6))
+    first, second = np.nonzero(np.triu(turn, 1))
+    if not len(first) or len(np.unique([*first, *second])) < 2 * len(first):
+        return None
+    factors = np.hypot(turn[first, first], turn[first, second])
+    angle = np.arctan2(turn[first, second], turn[first, first])
+    if not np.allclose(turn, _matrix(first, second, angle, factors[0], len(turn)), atol=1e-6):
+        return None
+    return first, second, angle, float(factors[0])
 
 
-def _agrees(rotary: Rotary, turn: np.ndarray, position: int) -> bool:
-    angles = np.asarray(rotary.frequency) * position
-    cos, sin = np.cos(angles) * rotary.factor, np.sin(angles) * rotary.factor
-    first, second = list(rotary.first), list(rotary.second)
-    return bool(
-        np.allclose(turn[first, first], cos, atol=2e-3) and np.allclose(turn[first, second], sin, atol=2e-3)
-    )
+def _matrix(first: np.ndarray, second: np.ndarray, angle: np.ndarray, factor: float, dim: int) -> np.ndarray:
+    out = np.eye(dim)
+    out[first, first] = out[second, second] = np.cos(angle) * factor
+    out[first, second], out[second, first] = np.sin(angle) * factor, -np.sin(angle) * factor
+    return out

@@ -33,6 +33,9 @@ class MLXBackend(PlainBackend):
     def after(self, x: Array, dependencies: list[Array]) -> Array:
         return mx.depends([x], dependencies)[0] if dependencies else x
 
+    def evaluate(self, arrays: list[Array]) -> None:
+        mx.eval(arrays)
+
     def sdpa(
         self, queries: Array, keys: Array, values: Array, *, scale: float, causal: bool, mask: Any, sinks: Any
     ) -> Array:

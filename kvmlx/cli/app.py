@@ -52,19 +52,13 @@ STOCK: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": Tru
 
 Kv = Annotated[
     str | None,
-    typer.Option(
-        "--kv", metavar="STRATEGY", help="How the cache is compressed, e.g. 'snapkv(budget=0.25) | int4'."
-    ),
+    typer.Option("--kv", metavar="STRATEGY", help="How the cache is compressed, e.g. 'snapkv(budget=0.25) | int4'."),
 ]
-Dtype = Annotated[
-    DType | None, typer.Option(help="Run the model in this type; float32 is the fast one on a CPU.")
-]
+Dtype = Annotated[DType | None, typer.Option(help="Run the model in this type; float32 is the fast one on a CPU.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 Model = Annotated[
     str,
-    typer.Option(
-        metavar="PATH|REPO|demo", help="Any model of mlx-lm: a folder, a Hub repository, or `demo`."
-    ),
+    typer.Option(metavar="PATH|REPO|demo", help="Any model of mlx-lm: a folder, a Hub repository, or `demo`."),
 ]
 
 
@@ -137,9 +131,7 @@ def demo(
     model: Model = "demo",
     kv: Annotated[
         list[str] | None,
-        typer.Option(
-            "--kv", metavar="STRATEGY", help="A strategy to show beside the full cache; give it repeatedly."
-        ),
+        typer.Option("--kv", metavar="STRATEGY", help="A strategy to show beside the full cache; give it repeatedly."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=256, help="Length of the text in tokens.")] = 2048,
     dtype: Dtype = None,
@@ -170,9 +162,7 @@ def explain(
     strategy: Annotated[str, typer.Argument(help="A strategy, e.g. 'snapkv(budget=0.25) | int4'.")],
     model: Model = "demo",
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 8192,
-    dtype: Annotated[
-        DType | None, typer.Option(help="Type of the exact rows; else what the config says.")
-    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Type of the exact rows; else what the config says.")] = None,
     prefill_step_size: Annotated[int, typer.Option(min=1, help="Prompt tokens processed at a time.")] = 2048,
     as_json: Json = False,
 ) -> None:

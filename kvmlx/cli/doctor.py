@@ -85,9 +85,7 @@ def _mlx(hints: list[str]) -> dict[str, Any]:
         "float32_gflops": round(gflops, 1),
     }
     if not metal:
-        found["why_no_metal"] = (
-            "this is not macOS" if sys.platform != "darwin" else "MLX sees no Metal device"
-        )
+        found["why_no_metal"] = "this is not macOS" if sys.platform != "darwin" else "MLX sees no Metal device"
     if sys.platform == "linux" and device == mx.cpu and gflops < SLOW_GFLOPS:
         hints.append(_openblas_hint(gflops))
     return found
@@ -118,14 +116,12 @@ def _openblas_hint(gflops: float) -> str:
     speed = f"MLX multiplies at {gflops:.0f} GFLOP/s on this CPU, through a reference BLAS"
     if found:
         return f"{speed}; OpenBLAS is here and many times faster: run with LD_PRELOAD={found[0]}"
-    return (
-        f"{speed}; many times faster: apt install libopenblas0-pthread, then LD_PRELOAD its libopenblas.so.0"
-    )
+    return f"{speed}; many times faster: apt install libopenblas0-pthread, then LD_PRELOAD its libopenblas.so.0"
 
 
 def _torch() -> dict[str, Any]:
     try:
-        import torch
+        torch = importlib.import_module("torch")
     except ImportError as error:
         return {"available": False, "why": _why(error, "torch")}
     cuda = torch.cuda.is_available()
@@ -156,16 +152,12 @@ def _demo_model() -> dict[str, Any]:
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    packages = ", ".join(
-        f"{name} {v}" if v else f"[dim]no {name}[/]" for name, v in found["packages"].items()
-    )
+    packages = ", ".join(f"{name} {v}" if v else f"[dim]no {name}[/]" for name, v in found["packages"].items())
     rows = [("system", found["system"]), ("python", found["python"]), ("packages", packages)]
     for name, backend in found["backends"].items():
         rows.append((name, _backend(backend)))
     demo = found["demo_model"]
-    state = (
-        f"ready, {size(demo['nbytes'])}" if demo["ready"] else "[dim]not made yet: `kvmlx demo` fetches it[/]"
-    )
+    state = f"ready, {size(demo['nbytes'])}" if demo["ready"] else "[dim]not made yet: `kvmlx demo` fetches it[/]"
     rows.append(("demo model", f"{state} ({escape(demo['path'])})"))
     return rows
 

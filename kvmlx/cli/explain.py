@@ -14,9 +14,7 @@ from kvmlx.explain import Explanation, LayerBytes, explain
 from kvmlx.strategy import Strategy
 
 
-def show_explanation(
-    strategy: str, model: str, context: int, *, dtype: str | None, step: int, as_json: bool
-) -> None:
+def show_explanation(strategy: str, model: str, context: int, *, dtype: str | None, step: int, as_json: bool) -> None:
     """Print bytes per layer and in total."""
     parsed = Strategy.parse(strategy)
     result = explain(parsed, config_of(model), context, dtype=dtype, prefill_step=step)
@@ -73,9 +71,7 @@ def _runs(layers: tuple[LayerBytes, ...]) -> list[list[LayerBytes]]:
     """Group consecutive layers that hold the same."""
     return [
         list(run)
-        for _, run in groupby(
-            layers, key=lambda x: (x.kind, x.managed, x.kept_tokens, x.nbytes, x.full_nbytes)
-        )
+        for _, run in groupby(layers, key=lambda x: (x.kind, x.managed, x.kept_tokens, x.nbytes, x.full_nbytes))
     ]
 
 
@@ -88,9 +84,7 @@ def _totals(result: Explanation) -> list[str]:
         f"[bold]peak[/]  {size(result.peak_nbytes)} of keys and values in prefill; acts {when}",
     ]
     if result.unmanaged_nbytes:
-        lines.append(
-            f"[bold]left[/]  {size(result.unmanaged_nbytes)} in sliding-window layers, as the model made them"
-        )
+        lines.append(f"[bold]left[/]  {size(result.unmanaged_nbytes)} in sliding-window layers, as the model made them")
     if result.dtype == "float32":
         lines.append("[dim]Exact rows are float32 here: twice the bytes of fp16.[/]")
     return lines

@@ -25,9 +25,7 @@ def resolve_model(name: str) -> str:
     if looks_local(name):
         path = Path(name).expanduser()
         if not (path / "config.json").is_file():
-            what = (
-                "is a file" if path.is_file() else "has no config.json" if path.exists() else "does not exist"
-            )
+            what = "is a file" if path.is_file() else "has no config.json" if path.exists() else "does not exist"
             raise UsageError(f"no model at {name}: it {what}; give a folder, a Hub repository, or `demo`")
         return str(path)
     return name

@@ -115,7 +115,12 @@ class PrefillBar:
     def _start(self, total: int) -> tuple[Progress, TaskID]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn(self._label), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+        columns = (
+            TextColumn(self._label),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+        )
         # mlx-lm prints the answer itself: the bar must not take its stdout.
         progress = Progress(
             *columns,

@@ -60,9 +60,7 @@ class Stock:
     def run(self) -> None:
         """Run the command to its end."""
         module = _import(self.command)
-        args = (
-            [*self.args, "--verbose", "False"] if self.as_json and self.command == "generate" else self.args
-        )
+        args = [*self.args, "--verbose", "False"] if self.as_json and self.command == "generate" else self.args
         quiet = contextlib.redirect_stdout(io.StringIO()) if self.as_json else contextlib.nullcontext()
         with _exchanged(module, self._replacements(module)), _argv(self.command, args), quiet:
             module.main()

@@ -56,12 +56,7 @@ def require(ok: bool, message: str) -> None:
 def require_int(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise unless ``value`` is an integer in ``[low, high]``."""
     bound = f">= {low}" if high is None else f"in [{low}, {high}]"
-    ok = (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and value >= low
-        and (high is None or value <= high)
-    )
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
     require(ok, f"{name} must be an integer {bound}, got {value!r}")
 
 

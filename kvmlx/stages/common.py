@@ -8,8 +8,8 @@ from typing import Any
 
 from kvmlx.types import Array
 
-BLOCK_ELEMENTS = 1 << 23
-"""Elements that a stage's own temporary may hold at a time: 32 MiB in float32."""
+BLOCK_ELEMENTS = 1 << 20
+"""Elements that a stage's own temporary may hold at a time: 4 MiB in float32."""
 
 
 def spans(count: int, width: int) -> Iterator[slice]:

@@ -28,11 +28,7 @@ class AdaKV(Allocate):
     """Fraction of the mean that every head gets."""
 
     def __post_init__(self) -> None:
-        ok = (
-            isinstance(self.floor, int | float)
-            and not isinstance(self.floor, bool)
-            and 0.0 <= self.floor <= 1.0
-        )
+        ok = isinstance(self.floor, int | float) and not isinstance(self.floor, bool) and 0.0 <= self.floor <= 1.0
         require(ok, f"floor must be a fraction in [0, 1], got {self.floor!r}")
 
     def head_budgets(self, scores: np.ndarray, tokens: int, protected: int) -> np.ndarray:

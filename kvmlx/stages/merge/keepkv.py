@@ -77,8 +77,7 @@ class KeepKV(Merge):
         joined = segments.some
         log_mass = xp.log(mass) + peak
         key, value = (
-            _weighted_sums(xp, x, kept, w_c, dropped, w_e, segments) / mass[..., None]
-            for x in (rows.keys, rows.values)
+            _weighted_sums(xp, x, kept, w_c, dropped, w_e, segments) / mass[..., None] for x in (rows.keys, rows.values)
         )
         if self.form == "paper":
             merged = xp.log(xp.exp(bias_c) + segments.sum(xp.exp(take_rows(xp, bias, dropped))))
