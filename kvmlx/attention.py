@@ -9,7 +9,7 @@ from kvmlx.store import LayerStore
 from kvmlx.types import Array, Backend
 
 SCORE_ELEMENTS = 1 << 20
-"""Scores that one tile may hold: 4 MiB in float32. The scratch of a prefill does not grow with the history."""
+"""Numbers that one tile's scratch may hold (4 MiB in float32): it does not grow with the history."""
 MIN_TILE_ROWS = 128
 
 
@@ -57,9 +57,11 @@ class Softmax:
         return self.out / xp.maximum(total, 1e-30)
 
 
-def tile_rows(batch: int, n_heads: int, n_queries: int) -> int:
-    """Return how many keys a tile may have so that its scores stay within SCORE_ELEMENTS."""
-    return max(MIN_TILE_ROWS, SCORE_ELEMENTS // (batch * n_heads * n_queries))
+def tile_rows(queries: Array, values: Array) -> int:
+    """Return how many rows a tile may have: its scores, and its decoded keys or values, stay within SCORE_ELEMENTS."""
+    b, hq, n, _ = queries.shape
+    _, h, _, d = values.shape
+    return max(MIN_TILE_ROWS, SCORE_ELEMENTS // (b * max(hq * n, h * d)))
 
 
 def attend(
@@ -81,11 +83,11 @@ def attend(
             logical order; only for stores that hold every token.
     """
     xp = backend.xp
-    b, hq, n, _ = queries.shape
+    n = queries.shape[2]
     # A bias differs by head: as a mask of a whole chunk it would be as large as the score matrix.
-    if not store.has_body and (n == 1 or "bias" not in store.columns):
+    if not store.has_body and (n == 1 or not store.biased):
         return _attend_exact(backend, store, queries, scale, sinks, mask)
-    rows = tile_rows(b, hq, n)
+    rows = tile_rows(queries, store.values)
     acc = Softmax(xp)
     if store.has_body:
         _add_body(backend, store, acc, queries, scale, mask, rows)

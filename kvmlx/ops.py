@@ -55,7 +55,7 @@ def causal_mask(xp: Any, n_queries: int, n_keys: int) -> Array:
 
 
 def logits(xp: Any, queries: Array, keys: Array, scale: float) -> Array:
-    """Return float32 ``[B, Hq, L, T]`` of ``queries [B, Hq, L, D]`` on ``keys [B, H, T, D]``: a group shares its keys."""
+    """Return float32 ``[B, Hq, L, T]`` of ``queries [B, Hq, L, D]`` on ``keys [B, H, T, D]``."""
     b, hq, n, d = queries.shape
     h, t = keys.shape[1], keys.shape[2]
     q = xp.reshape(xp.astype(queries, xp.float32) * scale, (b, h, hq // h * n, d))

@@ -272,7 +272,7 @@ class LayerCache:
                 extra = xp.where(tile.valid, extra, ops.NEG_INF)
             keys = xp.concat([body, xp.astype(keys, xp.float32)], axis=2)
             bias = xp.concat([extra, bias], axis=2)
-        plain = not store.has_body and valid is None and "bias" not in store.columns
+        plain = not store.has_body and valid is None and not store.biased
         n_queries = None
         if self.padding.any():
             n_queries = self.backend.from_numpy((queries.shape[2] - self.padding).astype(np.int32))
@@ -445,6 +445,7 @@ class LayerCache:
         index = [self.backend.from_numpy(x[None].astype(np.int32)) for x in (kept, dropped)]
         assert strategy.merge is not None
         keys, values, bias = strategy.merge.fold(rows, *index)
+        store.biased = store.biased or bias is not None
         return {"keys": keys, "values": values} | ({} if bias is None else {"bias": bias})
 
     def _evict(self, b: int, keep: list[np.ndarray], replaced: dict[str, Array] | None) -> None:

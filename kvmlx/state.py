@@ -94,6 +94,7 @@ def layer_to_json(cache: LayerCache) -> dict[str, Any]:
             "dtype": str(store.keys.dtype).rpartition(".")[2],
             "begin": store.begin.tolist(),
             "end": store.end,
+            "biased": store.biased,
             "start": store.start.tolist(),
             "length": store.length.tolist(),
             "span": store.span.tolist(),
@@ -162,6 +163,8 @@ def _store(backend: Any, session: Session, data: dict[str, Any], arrays: dict[st
     for name in ("begin", "start", "length", "span"):
         setattr(store, name, _counts(data[name], tuple(keys.shape[:2]), where + name))
     store.end = int(_counts(data["end"], (), where + "end"))
+    store.biased = bool(data["biased"])
+    _need(not store.biased or "bias" in store.columns, where + "a bias, which this strategy never makes")
     if store.span.any():
         _need(store.codecs is not None, where + "a body, which this strategy never makes")
         store.planes = {name: arrays[name] for name in store._periods()}

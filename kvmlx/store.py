@@ -10,7 +10,7 @@ Every length is a host integer: nothing here waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,8 @@ class LayerStore:
         """The codecs of the body, known with the first rows: exact ones keep the model's dtype."""
         self.sinks = sinks
         self.column_names = tuple(columns)
+        self.biased = False
+        """Whether any row's bias was ever set; until then attention need not read it."""
         self.keys: Array = None
         self.values: Array = None
         self.columns: dict[str, Array] = {}
@@ -183,7 +185,7 @@ class LayerStore:
         """Return keys, values, validity and bias of the tail, without head-room and common padding."""
         first = int(self.begin.min())
         cut = slice(first, self.end)
-        bias = self.columns["bias"][:, :, cut] if "bias" in self.columns else None
+        bias = self.columns["bias"][:, :, cut] if self.biased else None
         return self.keys[:, :, cut], self.values[:, :, cut], self._tail_valid(first), bias
 
     def _tail_valid(self, first: int) -> Array | None:
@@ -193,13 +195,11 @@ class LayerStore:
         rows = xp.arange(first, self.end)
         return rows >= self.backend.from_numpy(self.begin.astype(np.int32))[..., None]
 
-    def retain_tail(self, kept: Sequence[np.ndarray], replaced: Mapping[str, Array] | None = None) -> None:
+    def retain_tail(self, kept: Sequence[np.ndarray]) -> None:
         """Keep the tail rows ``kept[lane]`` (indices into the buffer, sorted); free the others.
 
         Args:
             kept: one index array per lane, lanes in order ``b * H + h``.
-            replaced: new contents of ALL kept rows, by name (``keys``, ``values``, a column), ``[B, H, n, ...]``;
-                only with equally many rows in every lane.
         """
         b, h, _, _ = self.shape
         most = max((len(k) for k in kept), default=0)
@@ -212,8 +212,6 @@ class LayerStore:
         self.columns = {n: self._gather_tail(c, index, capacity) for n, c in self.columns.items()}
         self.begin = most - np.array([len(k) for k in kept], np.int64).reshape(b, h)
         self.end = most
-        for name, rows in (replaced or {}).items():
-            self._replace(name, rows)
 
     def _gather_tail(self, x: Array, index: np.ndarray, capacity: int) -> Array:
         xp = self.backend.xp
@@ -222,15 +220,6 @@ class LayerStore:
         out = ops.take_rows(xp, x, rows)
         room = xp.zeros((b, h, capacity - index.shape[1], *rest), dtype=x.dtype)
         return xp.concat([out, room], axis=2)
-
-    def _replace(self, name: str, rows: Array) -> None:
-        xp = self.backend.xp
-        if name in ("keys", "values"):
-            buffer = getattr(self, name)
-            setattr(self, name, self.backend.put(buffer, xp.astype(rows, buffer.dtype), 0))
-        else:
-            column = self.columns[name][..., None]
-            self.columns[name] = self.backend.put(column, rows[..., None], 0)[..., 0]
 
     def drop_newest(self, counts: np.ndarray) -> None:
         """Remove the newest ``counts[b]`` rows of each sequence's tail."""
@@ -395,7 +384,7 @@ class LayerStore:
             for side in ("keys", "values")
             for codec, dim in [self._side(side)]
         )
-        bias = parts["column.bias"][..., 0] if "column.bias" in parts else None
+        bias = parts["column.bias"][..., 0] if self.biased else None
         return Tile(keys, values, valid, bias)
 
     # -- reading as a stage does ----------------------------------------------------------------------------------
@@ -511,6 +500,7 @@ class LayerStore:
         if not filled:
             return out
         out.adopt(filled[0].keys.dtype)
+        out.biased = any(s.biased for s in filled)
         xp = model.backend.xp
         _, h, d, dv = filled[0].shape
         most = max(int(s.tail_lengths[b].max()) for s, b in parts if not s.empty)

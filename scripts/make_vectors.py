@@ -338,7 +338,7 @@ def select_cases() -> Iterator[Case]:
             name = f"{method}-H{h}-G{g}-T{t}-D{d}"
             args: dict[str, Any] = {"budget": budget, "sinks": sinks, "recent": recent}
             if method == "snapkv":
-                args |= {"window": w}
+                args |= {"window": w, "kernel": 5}
             if method == "expected_attention":
                 args |= {"n_future": 64, "epsilon": 0.0 if d == 64 else 0.01}
             for attempt in range(100):
@@ -369,7 +369,7 @@ def select_inputs(
             return tensors, params, ref.h2o_scores(tensors["queries"], keys, scale=scale)
         if method == "tova":
             return tensors, params, ref.tova_scores(tensors["queries"], keys, scale=scale)
-        return tensors, params, ref.snapkv_scores(tensors["queries"], keys, scale=scale)
+        return tensors, params, ref.snapkv_scores(tensors["queries"], keys, scale=scale, kernel=args["kernel"])
     if method == "expected_attention":
         rotary = ROTARY_64 if d == 64 else ROTARY_80
         root = rng.normal(1, h * g, d, d // 4).astype(np.float64)

@@ -317,27 +317,53 @@ def needle_prompt(tokenizer: Any, tokens: int, depth: float, n_keys: int, seed: 
     return tokenizer.encode(prompt, add_special_tokens=False), numbers[0]
 
 
-def answer(model: Any, tokenizer: Any, prompt: list[int], caches: list[Any], n_tokens: int = 10) -> str:
-    """Greedy text after the prompt."""
-    prefill(model, caches, np.array(prompt[:-1]), CHUNK)
-    out, token = [], prompt[-1]
+def resume(model: Any, prefilled: list[Any], text: str) -> list[Any]:
+    """Return caches of another strategy with the same prompt: both act at the prompt's end, so its rows are exact."""
+    caches = kvmlx.make_prompt_cache(model, text)
+    for new, old in zip(layers_of(caches), layers_of(prefilled), strict=True):
+        keys, values, _, _ = old.store.tail()
+        new.start(1)
+        new.store.append(keys, values)
+        new.offsets, new.scale = old.offsets.copy(), old.scale
+        if new.strategy.window:
+            new.queries = old.queries[:, :, -new.strategy.window :]
+            new.n_queries = np.minimum(old.n_queries, new.strategy.window)
+    return caches
+
+
+def answer(model: Any, tokenizer: Any, last: int, caches: list[Any], n_tokens: int = 10) -> str:
+    """Greedy text after the prompt, whose last token is ``last``."""
+    out, token = [], last
     for _ in range(n_tokens):
         token = int(np.argmax(np.array(model(mx.array([[token]]), cache=caches)[0, -1])))
         out.append(token)
     return tokenizer.decode(out)
 
 
+def ask_needles(
+    model: Any, tokenizer: Any, texts: list[str], cases: Iterable[tuple[int, float, int]], tokens: int
+) -> dict[str, dict[str, list[bool]]]:
+    """Return, by strategy and number of keys, whether each case's number is in the answer (RULER's scoring).
+
+    Each prompt is prefilled once; every strategy must act at its end.
+    """
+    right: dict[str, dict[str, list[bool]]] = {text: {} for text in texts}
+    for n_keys, depth, seed in cases:
+        prompt, number = needle_prompt(tokenizer, tokens, depth, n_keys, seed)
+        prefilled = kvmlx.make_prompt_cache(model, "snapkv(budget=0.25)")
+        prefill(model, prefilled, np.array(prompt[:-1]), CHUNK)
+        for text in texts:
+            said = answer(model, tokenizer, prompt[-1], resume(model, prefilled, text))
+            right[text].setdefault(f"{n_keys}-key", []).append(number in said)
+    return right
+
+
 def measure_needles(texts: list[str], tokens: int, depths: list[float]) -> None:
     """How often the number asked for is answered: single and four-key needles, the question in the prompt."""
     model, tokenizer = demo_model()
-    right: dict[str, dict[str, list[bool]]] = {name: {} for name in ("full", *texts)}
     cases = [(n, d, 10 * n + i) for n in (1, 4) for i, d in enumerate(depths)]
-    for n_keys, depth, seed in track(cases, description="needles", console=console):
-        prompt, number = needle_prompt(tokenizer, tokens, depth, n_keys, seed)
-        for name in right:
-            caches = stock_cache(model) if name == "full" else kvmlx.make_prompt_cache(model, name)
-            said = answer(model, tokenizer, prompt, caches)
-            right[name].setdefault(f"{n_keys}-key", []).append(number in said)
+    shown = track(cases, description="needles", console=console)
+    right = ask_needles(model, tokenizer, ["full", *texts], shown, tokens)
     rows = [{"strategy": name, **{k: [sum(v), len(v)] for k, v in by.items()}} for name, by in right.items()]
     write("needles", {"model": "SmolLM2-135M-Instruct, float32", "tokens": tokens, "depths": depths}, rows)
 

@@ -177,7 +177,7 @@ def converse(folder: Path) -> Any:
     return answers
 
 
-@pytest.fixture(scope="module", params=STRATEGIES.values(), ids=STRATEGIES.keys())
+@pytest.fixture(scope="module", params=list(STRATEGIES.values()), ids=list(STRATEGIES))
 def served(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     log = tmp_path_factory.mktemp("server") / "log"
     server = Server(folder, request.param, log)
