@@ -1,6 +1,6 @@
 """Measure what the README and docs quote, and write it to docs/results/.
 
-    python scripts/measure.py memory|quality|needles|speed [--quick] [--kv STRATEGY ...]
+    python scripts/measure.py memory|peak|quality|needles|speed [--quick] [--kv STRATEGY ...]
     python scripts/measure.py render
 
 Each part writes docs/results/<part>.json with machine, versions, shapes, medians and spread; `render` turns them
@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm import load
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.models.cache import make_prompt_cache as stock_cache
 from rich.console import Console
 from rich.progress import track
@@ -38,7 +39,7 @@ RESULTS = ROOT / "docs" / "results"
 PROSE = ROOT / "scripts" / "data" / "prose.txt"
 console = Console(stderr=True)
 
-HEADS, KV_HEADS, DIM, LAYERS = 2, 2, 128, 2
+HEADS, KV_HEADS, DIM, LAYERS = 8, 4, 128, 2
 """Shape of the memory part: the head dim of the 8B models; few heads and layers, as bytes scale with them."""
 
 MEMORY = [
@@ -68,17 +69,21 @@ MEMORY = [
     "snapkv(budget=0.25) | adakv | int4",
     "snapkv(budget=0.25) | small",
 ]
-QUALITY = [
-    *PRESETS,
-    "int8",
-    "int4",
-    "int4(rotate=hadamard)",
-    "kivi(bits=4)",
-    "kivi(bits=2)",
-    "turboquant(bits=4)",
-    "turboquant(bits=3)",
-]
+QUALITY = [*PRESETS, "int8", "int4"]
 NEEDLES = ["snapkv(budget=0.25)", "snapkv(budget=0.25) | small", "streaming(budget=0.25)"]
+PEAK = [
+    "full",
+    "int4",
+    "balanced",
+    "snapkv(budget=0.25)",
+    "snapkv(budget=0.25) | small",
+    "snapkv(budget=0.25) | adakv",
+    "snapkv(budget=0.25) | keepkv",
+    "h2o(budget=0.25)",
+    "expected_attention(budget=0.25)",
+    "snapkv(budget=0.25) | bounded",
+    "snapkv(budget=0.25) | small | bounded",
+]
 CHUNK = 512
 
 
@@ -114,16 +119,26 @@ def body_bits(strategy: Strategy, dim: int) -> float | None:
     return sum(bits) / 2
 
 
+class Block(nn.Module):
+    """What kvmlx reads off a model's block: heads, head dim and rotary embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.Module()
+        self.self_attn.n_heads, self.self_attn.n_kv_heads, self.self_attn.head_dim = HEADS, KV_HEADS, DIM
+        self.self_attn.rope = nn.RoPE(DIM)
+
+
 class Attention:
     """Layers of attention without a model around them: what they hold is what the cache holds."""
 
     model_type = "attention-only"
 
     def __init__(self) -> None:
-        self.layers = [None] * LAYERS
+        self.layers = [Block() for _ in range(LAYERS)]
 
     def fill(self, caches: list[Any], tokens: int, chunk: int, dtype: Any) -> None:
-        """Prefill ``tokens`` random rows in chunks, then one as a decode step."""
+        """Prefill ``tokens`` random rows in chunks, then one as a decode step; outputs are not computed."""
         from mlx_lm.models.base import scaled_dot_product_attention as attend
 
         keys = [mx.random.key(i) for i in range(LAYERS)]
@@ -135,8 +150,8 @@ class Attention:
                     mx.random.normal((1, h, part, DIM), key=s).astype(dtype)
                     for h, s in zip((HEADS, KV_HEADS, KV_HEADS), seeds, strict=True)
                 )
-                mask = cache.make_mask(part)
-                mx.eval(attend(q, *cache.update_and_fetch(k, v), cache=cache, scale=DIM**-0.5, mask=mask))
+                mask: Any = "causal" if part > 1 else None
+                attend(q, *cache.update_and_fetch(k, v), cache=cache, scale=DIM**-0.5, mask=mask)
             if part > 1:
                 mx.eval([c.state for c in caches])
 
@@ -150,10 +165,6 @@ def measure_memory(texts: list[str], tokens: int) -> None:
         mx.clear_cache()
         before = mx.get_active_memory()
         caches = kvmlx.make_prompt_cache(model, strategy)
-        for layer in layers_of(caches):
-            rotary = _rotary()
-            object.__setattr__(layer.session.model.layers[layer.layer], "rotary", rotary)
-        mx.reset_peak_memory()
         model.fill(caches, tokens, CHUNK, mx.float16)
         kvmlx.settle(caches)
         held = mx.get_active_memory() - before
@@ -164,33 +175,13 @@ def measure_memory(texts: list[str], tokens: int) -> None:
                 "held_bytes": held,
                 "nbytes": report.nbytes,
                 "format_bytes": format_bytes(caches),
-                "peak_bytes": mx.get_peak_memory() - before,
                 "ratio": report.nbytes / full,
                 "kept": report.kept_tokens / tokens,
             }
         )
         del caches
-    base = measure_stock_memory(tokens)
-    shape = (
-        f"{LAYERS} layers, {HEADS} query and {KV_HEADS} KV heads, D={DIM}, {tokens} tokens, chunks of {CHUNK}, float16"
-    )
-    write("memory", {"shape": shape, "full_bytes": full, "stock": base}, rows)
-
-
-def _rotary() -> Any:
-    from kvmlx.types import Rotary
-
-    half = DIM // 2
-    return Rotary(tuple(range(half)), tuple(range(half, DIM)), tuple(1e4 ** (-i / half) for i in range(half)))
-
-
-def measure_stock_memory(tokens: int) -> dict[str, int]:
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    caches = [KVCache() for _ in range(LAYERS)]
-    mx.reset_peak_memory()
-    Attention().fill(caches, tokens, CHUNK, mx.float16)
-    return {"held_bytes": mx.get_active_memory() - before, "peak_bytes": mx.get_peak_memory() - before}
+    shape = f"{LAYERS} layers, {KV_HEADS} KV heads, D={DIM}, {tokens} tokens, chunks of {CHUNK}, float16"
+    write("memory", {"shape": shape, "full_bytes": full}, rows)
 
 
 def format_bytes(caches: list[Any]) -> int:
@@ -227,6 +218,28 @@ def logprobs(model: Any, caches: list[Any], tokens: np.ndarray, n_prefix: int) -
     for token in tokens[n_prefix:]:
         logits = model(mx.array([[int(token)]]), cache=caches)[0, -1].astype(mx.float32)
         yield np.array(logits - mx.logsumexp(logits))
+
+
+def measure_peak(texts: list[str], tokens: int) -> None:
+    """Peak of a real prefill and of the two steps after it, and what the cache held between its chunks."""
+    model, tokenizer = demo_model()
+    ids = np.array(tokenizer.encode(PROSE.read_text(encoding="utf-8"))[: tokens + 2])
+    rows = []
+    for name in track(["stock", *texts], description="peak", console=console):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        caches = stock_cache(model) if name == "stock" else kvmlx.make_prompt_cache(model, name)
+        mx.reset_peak_memory()
+        between = 0
+        for at in range(0, tokens, CHUNK):
+            prefill(model, caches, ids[at : min(tokens, at + CHUNK)], CHUNK)
+            between = max(between, mx.get_active_memory() - before)
+        for token in ids[tokens:]:
+            mx.eval(model(mx.array([[int(token)]]), cache=caches))
+        rows.append({"strategy": name, "peak_bytes": mx.get_peak_memory() - before, "kv_peak_bytes": between})
+        del caches
+    settings = {"model": "SmolLM2-135M-Instruct, float32", "tokens": tokens, "chunk": CHUNK}
+    write("peak", settings, rows)
 
 
 def quantized(bits: int, group: int) -> Callable[[Any], list[Any]]:
@@ -417,7 +430,8 @@ def fill_random(caches: list[Any], tokens: int, heads: int, kv_heads: int, dim: 
                 mx.random.normal((1, h, part, dim), key=s)
                 for h, s in zip((heads, kv_heads, kv_heads), seeds, strict=True)
             )
-            mx.eval(attend(q, *cache.update_and_fetch(k, v), cache=cache, scale=dim**-0.5, mask=cache.make_mask(part)))
+            mask: Any = "causal" if part > 1 else None
+            mx.eval(attend(q, *cache.update_and_fetch(k, v), cache=cache, scale=dim**-0.5, mask=mask))
             if part > 1:
                 mx.eval(cache.state)
     if layers_of(caches):
@@ -443,7 +457,8 @@ def render() -> None:
         lines += ["| strategy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for row in data["rows"]:
             cells = [cell(row, data["settings"]) for cell in columns.values()]
-            lines.append(f"| `{row['strategy']}` | " + " | ".join(cells) + " |")
+            name = row["strategy"].replace("|", r"\|")
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
         lines.append("")
     (RESULTS / "README.md").write_text("\n".join(lines))
     console.print("wrote docs/results/README.md")
@@ -462,7 +477,10 @@ RENDER: dict[str, dict[str, Cell]] = {
         "format MiB": lambda r, s: _mib(r["format_bytes"]),
         "of fp16": lambda r, s: f"{r['ratio']:.3f}",
         "inverse": lambda r, s: f"{1 / r['ratio']:.1f}x",
-        "peak / stock's": lambda r, s: f"{r['peak_bytes'] / s['stock']['peak_bytes']:.2f}",
+    },
+    "peak": {
+        "peak MiB beyond the weights": lambda r, s: f"{r['peak_bytes'] / 2**20:.1f}",
+        "most that the cache held after a chunk, MiB": lambda r, s: f"{r['kv_peak_bytes'] / 2**20:.1f}",
     },
     "quality": {
         "bits": lambda r, s: "16" if r["bits"] is None else f"{r['bits']:.2f}",
@@ -487,7 +505,7 @@ RENDER: dict[str, dict[str, Cell]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["memory", "quality", "needles", "speed", "render"])
+    parser.add_argument("part", choices=["memory", "peak", "quality", "needles", "speed", "render"])
     parser.add_argument("--kv", action="append", help="a strategy; repeat for several (default: the part's own list)")
     parser.add_argument("--quick", action="store_true", help="fewer texts, cases and rounds")
     parser.add_argument("--tokens", type=int)
@@ -495,8 +513,10 @@ def main() -> None:
     quick = args.quick
     if args.part == "memory":
         measure_memory(args.kv or MEMORY, args.tokens or 4096)
+    elif args.part == "peak":
+        measure_peak(args.kv or PEAK, args.tokens or 3072)
     elif args.part == "quality":
-        measure_quality(args.kv or QUALITY, 1 if quick else 3, 1024, 256)
+        measure_quality(args.kv or QUALITY, 1 if quick else 2, 1024, 256)
     elif args.part == "needles":
         measure_needles(args.kv or NEEDLES, args.tokens or 2048, [0.5] if quick else [0.1, 0.3, 0.5, 0.7, 0.9])
     elif args.part == "speed":

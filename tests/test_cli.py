@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from kvmlx import __version__
 from kvmlx.cli.app import app
 from kvmlx.cli.output import size
+from kvmlx.stages.select.snapkv import SnapKV
 from kvmlx.strategy import ALIASES, PRESETS, STAGES, Strategy
 
 N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, HIDDEN = 2, 4, 2, 32, 128
@@ -150,7 +151,7 @@ def test_strategies_as_json(run: Run) -> None:
     document = json.loads(run("strategies", "--json").stdout)
     stages = {stage["name"]: stage for stage in document["stages"]}
     assert stages.keys() == STAGES.keys()
-    assert stages["snapkv"]["parameters"]["window"] == 64
+    assert stages["snapkv"]["parameters"]["window"] == SnapKV().window
     assert stages["snapkv"]["paper"] == "2404.14469"
     assert document["presets"] == PRESETS
 

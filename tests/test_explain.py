@@ -141,8 +141,8 @@ def test_counts_as_an_fp16_cache_does() -> None:
 
 
 def test_the_schedule_decides_the_peak() -> None:
-    at_end = explain("snapkv(budget=1024)", QWEN3_8B, 32_768)
-    bounded = explain("snapkv(budget=1024) | bounded", QWEN3_8B, 32_768)
+    at_end = explain("snapkv(budget=1024, window=64)", QWEN3_8B, 32_768)
+    bounded = explain("snapkv(budget=1024, window=64) | bounded", QWEN3_8B, 32_768)
     assert at_end.nbytes == bounded.nbytes
     # The whole prompt, and the queries that SnapKV reads.
     assert at_end.peak_nbytes == at_end.full_nbytes + 36 * 32 * 64 * 128 * 2
