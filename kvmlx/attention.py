@@ -148,6 +148,29 @@ def _mask(xp: Any, scores: Array, mask: Array) -> Array:
     return scores + xp.astype(mask, xp.float32)
 
 
+def _attend_causal(
+    backend: Backend, queries: Array, keys: Array, values: Array, scale: float, sinks: Array | None
+) -> Array:
+    """Attend over dense rows, a block of queries at a time where the framework may hold all scores at once.
+
+    A block reads the keys up to its own end only, so that blocks also save the masked half of a chunk's scores.
+    """
+    xp = backend.xp
+    b, hq, n, _ = queries.shape
+    held = keys.shape[2]
+    block = max(1, 4 * SCORE_ELEMENTS // (b * hq * held))
+    if n <= block:
+        return backend.sdpa(queries, keys, values, scale=scale, causal=n > 1, mask=None, sinks=sinks)
+    out: list[Array] = []
+    for first in range(0, n, block):
+        stop = min(n, first + block)
+        seen = held - n + stop
+        part = ops.after(xp, queries[:, :, first:stop], out)
+        rows = (keys[:, :, :seen], values[:, :, :seen])
+        out.append(backend.sdpa(part, *rows, scale=scale, causal=True, mask=None, sinks=sinks))
+    return xp.concat(out, axis=2)
+
+
 def _attend_exact(
     backend: Backend,
     store: LayerStore,
@@ -161,7 +184,7 @@ def _attend_exact(
     keys, values, valid, bias = store.tail()
     n, held, hq = queries.shape[2], keys.shape[2], queries.shape[1]
     if valid is None and bias is None and mask is None:
-        return backend.sdpa(queries, keys, values, scale=scale, causal=n > 1, mask=None, sinks=sinks)
+        return _attend_causal(backend, queries, keys, values, scale, sinks)
     full = xp.zeros((1, 1, n, held), dtype=xp.float32)
     if n > 1:
         full = xp.where(ops.causal_mask(xp, n, held), full, ops.NEG_INF)

@@ -224,7 +224,8 @@ class LayerCache:
     def _observe(self, queries: Array) -> list[Array]:
         """Note what the stages need of these queries; return arrays that must be evaluated with the output."""
         needs, out = self.strategy.needs, []
-        if "queries" in needs and (self.prefilling.any() or self.strategy.every is not None):
+        reads = self.prefilling.any() or self.strategy.every is not None
+        if "queries" in needs and reads:
             self._keep_queries(queries)
             out.append(self.queries)
         if "sums" in needs:
@@ -234,7 +235,7 @@ class LayerCache:
                 *(p for n, p in self.store.planes.items() if n == "column.sums"),
             ]
         rotary = self.info.rotary
-        if "query_moments" in needs and rotary is not None:
+        if "query_moments" in needs and rotary is not None and reads:
             out += self._add_moments(queries, rotary)
         return out
 
@@ -244,10 +245,11 @@ class LayerCache:
         if self.queries is None:
             self.queries = xp.zeros((b, hq, window, d), dtype=queries.dtype)
         self.n_queries = np.minimum(self.n_queries + n - self.padding, window)
-        joined = xp.concat([self.queries, queries], axis=2)
+        joined = queries if n >= window and not self.padding.any() else xp.concat([self.queries, queries], axis=2)
+        held = joined.shape[2]
         if not self.padding.any():
             # Copied: a slice would hold on to the queries of the whole chunk.
-            newest = self.backend.from_numpy(np.arange(n, n + window, dtype=np.int32))
+            newest = self.backend.from_numpy(np.arange(held - window, held, dtype=np.int32))
             self.queries = xp.take(joined, newest, axis=2)
             return
         rows = (window + n - self.padding)[:, None] - window + np.arange(window)
@@ -289,6 +291,8 @@ class LayerCache:
         real = n - self.padding
         positions = (self.offsets - real)[:, None] + np.arange(n)
         counted = (positions >= self.strategy.sinks) & (np.arange(n) < real[:, None])
+        if self.strategy.every is None:
+            counted &= self.prefilling[:, None]
         plain = ops.unrotate(self.backend, xp.astype(queries, xp.float32), positions, rotary)
         plain = plain * self.backend.from_numpy(counted.astype(np.float32))[:, None, :, None]
         total = xp.sum(plain, axis=2)

@@ -202,6 +202,7 @@ def format_bytes(caches: list[Any]) -> int:
 def demo_model() -> tuple[Any, Any]:
     model, tokenizer = load(str(ensure_demo_model()))[:2]
     model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
     return model, tokenizer
 
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from layer import SCALE, Sequence_, expected, feed, make_layer, prefill
 
-from kvmlx import reference
+from kvmlx import attention, reference
 from kvmlx.backends.numpy import BACKEND as NUMPY
 
 SMALL = "sinks=2, recent=8"
@@ -269,6 +269,17 @@ def test_nbytes_is_the_sum_of_what_is_held_and_of_the_format(text: str, sequence
     assert held == tail + body
     assert capacity - store.end <= 2 * store.step
     assert (store.span - store.length).max() < max(64, store.unit) * 2
+
+
+@pytest.mark.parametrize("text", ["snapkv(budget=0.5, window=8, recent=8)", f"int4({SMALL})", "h2o(budget=0.5)"])
+def test_scratch_limits_do_not_change_attention(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence, outs = Sequence_(4, 300, 2, 2), []
+    for elements in (attention.SCORE_ELEMENTS, 1 << 8):
+        monkeypatch.setattr(attention, "SCORE_ELEMENTS", elements)
+        monkeypatch.setattr(attention, "MIN_TILE_ROWS", 16)
+        cache = make_layer(NUMPY, text)
+        outs.append(np.concatenate([feed(cache, [sequence], [at], 100) for at in (0, 100, 200)], axis=2))
+    np.testing.assert_allclose(outs[1], outs[0], rtol=0, atol=2e-6)
 
 
 PARITY = [

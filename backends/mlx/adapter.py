@@ -182,7 +182,9 @@ class KVMLXCache:
 
     def trim(self, n: int) -> int:
         if not self.is_trimmable():
-            raise UnsupportedModelError(f"{self.layer.strategy} has evicted tokens: it cannot take {n} back")
+            raise UnsupportedModelError(
+                f"{self.layer.strategy} selects or encodes at the prompt's end: it cannot take {n} tokens back"
+            )
         return self.layer.trim(n)
 
     # -- what batches call ----------------------------------------------------------------------------------------
