@@ -88,8 +88,22 @@ def test_attention(backend: Backend, case: Case) -> None:
     else:
         weights = ops.softmax(xp, s)
     out = ops.weighted_values(xp, weights, given(backend, t["values"]))
-    plain, _ = ref.attention(**inputs, scale=params["scale"], causal=params["causal"], dtype=np.float32)
-    assert_close(backend.to_numpy(out), t["out"], plain)
+    assert_close(backend.to_numpy(out), t["out"], plain_attention(inputs, params))
+
+
+def plain_attention(inputs: dict[str, np.ndarray], params: dict[str, Any]) -> np.ndarray:
+    """Return plain float32 attention with its sums taken in eight orders, stacked."""
+    out, rng = [], np.random.default_rng(0)
+    for _ in range(8):
+        t = dict(inputs)
+        channels = rng.permutation(t["queries"].shape[-1])
+        t["queries"], t["keys"] = t["queries"][..., channels], t["keys"][..., channels]
+        if not params["causal"]:
+            rows = rng.permutation(t["keys"].shape[2])
+            t["keys"], t["values"] = t["keys"][:, :, rows], t["values"][:, :, rows]
+            t |= {k: t[k][..., rows] for k in ("bias", "valid") if k in t}
+        out.append(ref.attention(**t, scale=params["scale"], causal=params["causal"], dtype=np.float32)[0])
+    return np.stack(out)
 
 
 @over("attention", without="-T0-")
@@ -111,8 +125,7 @@ def test_sdpa(backend: Backend, case: Case) -> None:
         mask=None if causal or not added else backend.from_numpy(mask),
         sinks=optional(backend, t, "sinks"),
     )
-    plain, _ = ref.attention(**inputs, scale=params["scale"], causal=params["causal"], dtype=np.float32)
-    assert_close(backend.to_numpy(out), t["out"], plain)
+    assert_close(backend.to_numpy(out), t["out"], plain_attention(inputs, params))
 
 
 @over("column_sums")
