@@ -432,9 +432,8 @@ def fill_random(caches: list[Any], tokens: int, heads: int, kv_heads: int, dim: 
                 for h, s in zip((heads, kv_heads, kv_heads), seeds, strict=True)
             )
             mask: Any = "causal" if part > 1 else None
-            mx.eval(attend(q, *cache.update_and_fetch(k, v), cache=cache, scale=dim**-0.5, mask=mask))
-            if part > 1:
-                mx.eval(cache.state)
+            out = attend(q, *cache.update_and_fetch(k, v), cache=cache, scale=dim**-0.5, mask=mask)
+            mx.eval(cache.state if part > 1 else out)
     if layers_of(caches):
         kvmlx.settle(caches)
 
