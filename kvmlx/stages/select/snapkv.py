@@ -24,11 +24,12 @@ class SnapKV(Select):
 
     window: int = 32
     """Newest queries that vote."""
-    kernel: int = 13
+    kernel: int = 21
     """Rows pooled together, an odd number; 1 pools nothing.
 
-    The paper uses 5. Of six needles of five tokens that the full cache finds (2k tokens, budget 0.25) 7 found 2 and
-    13 all: the question attends to an answer's first token, and pooling keeps the rest of it.
+    The paper uses 5. Of nine needles of five tokens that the full cache finds (2k tokens, budget 0.25) 21 found all
+    and 13 eight; 7 found two of the five it was tried on. The question attends to an answer's first token, and
+    pooling keeps the rest of it.
     """
     pool: Literal["avg", "max"] = "avg"
 
