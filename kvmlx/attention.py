@@ -11,6 +11,8 @@ from kvmlx.types import Array, Backend
 SCORE_ELEMENTS = 1 << 20
 """Numbers that one tile's scratch may hold (4 MiB in float32): it does not grow with the history."""
 MIN_TILE_ROWS = 128
+MIN_QUERY_BLOCK = 128
+"""Queries that a block of exact attention has at least: a long history must not leave one query a call."""
 
 
 class Softmax:
@@ -158,7 +160,7 @@ def _attend_causal(
     xp = backend.xp
     b, hq, n, _ = queries.shape
     held = keys.shape[2]
-    block = max(1, 4 * SCORE_ELEMENTS // (b * hq * held))
+    block = max(MIN_QUERY_BLOCK, 4 * SCORE_ELEMENTS // (b * hq * held))
     if n <= block:
         return backend.sdpa(queries, keys, values, scale=scale, causal=n > 1, mask=None, sinks=sinks)
     out: list[Array] = []

@@ -98,7 +98,7 @@ def column_sums(
     """
     b, hq, n, _ = queries.shape
     h, t = keys.shape[1], keys.shape[2]
-    block = max(1, QUERY_BLOCK_ELEMENTS // max(1, b * hq * t))
+    block = max(16, QUERY_BLOCK_ELEMENTS // max(1, b * hq * t))
     total = xp.zeros((b, hq, t), dtype=xp.float32)
     key_index = xp.arange(t)[None, :]
     for start in range(0, n, block):

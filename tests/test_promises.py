@@ -277,6 +277,7 @@ def test_scratch_limits_do_not_change_attention(text: str, monkeypatch: pytest.M
     for elements in (attention.SCORE_ELEMENTS, 1 << 8):
         monkeypatch.setattr(attention, "SCORE_ELEMENTS", elements)
         monkeypatch.setattr(attention, "MIN_TILE_ROWS", 16)
+        monkeypatch.setattr(attention, "MIN_QUERY_BLOCK", 8)
         cache = make_layer(NUMPY, text)
         outs.append(np.concatenate([feed(cache, [sequence], [at], 100) for at in (0, 100, 200)], axis=2))
     np.testing.assert_allclose(outs[1], outs[0], rtol=0, atol=2e-6)

@@ -92,7 +92,6 @@ class KVMLXCache:
     def __init__(self, layer: LayerCache, *, batched: bool = False) -> None:
         self.layer = layer
         self.batched = batched
-        self.left: np.ndarray | None = None
         self.attended = False
         """Whether the newest tokens' own layer has attended: further layers may share its rows."""
 
@@ -159,7 +158,7 @@ class KVMLXCache:
     @state.setter
     def state(self, value: Any) -> None:
         self.layer, self.batched = from_state(BACKEND, value)
-        self.left, self.attended = None, False
+        self.attended = False
 
     @classmethod
     def from_state(cls, state: Any) -> KVMLXCache:
