@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from kvmlx import attention, ops
 from kvmlx.store import LayerStore
@@ -20,6 +22,9 @@ class PlainBackend:
     xp: Any
     path: str = "plain"
     """Which implementation runs: every cache can tell."""
+
+    def from_numpy(self, x: np.ndarray) -> Array:
+        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainBackend:
         return self
@@ -42,6 +47,38 @@ class PlainBackend:
     ) -> Array:
         return ops.column_sums(self.xp, queries, keys, scale=scale, n_queries=n_queries, bias=bias)
 
+    def gather_units(
+        self,
+        planes: Mapping[str, Array],
+        starts: np.ndarray,
+        units: Sequence[np.ndarray],
+        spans: np.ndarray,
+        *,
+        per: Mapping[str, int],
+        fresh: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """Gather the rows that lanes keep into new spans, ``[sum(spans) * per, width]`` for each plane.
+
+        Args:
+            planes: flat planes ``[entries, width]``.
+            starts: unit of the planes at which each lane begins.
+            units: the units that each lane keeps, relative to its start, in order.
+            spans: units of room of each lane. What lies in the room behind the rows is undefined.
+            per: entries of each plane that a unit has.
+            fresh: planes that units behind the last one of ``planes`` come from.
+        """
+        out = {}
+        for name, plane in planes.items():
+            n = per[name]
+            source = plane if fresh is None else self.xp.concat([plane, fresh[name]], axis=0)
+            pieces = []
+            for start, kept, room in zip(starts, units, spans, strict=True):
+                rows = ((start + kept)[:, None] * n + np.arange(n)).ravel()
+                pieces.append(np.pad(rows, (0, int(room) * n - len(rows))))
+            index = self.from_numpy(np.concatenate(pieces).astype(np.int32))
+            out[name] = self.xp.take(source, index, axis=0)
+        return out
+
     def attend(
         self,
         store: LayerStore,
@@ -50,5 +87,14 @@ class PlainBackend:
         scale: float,
         sinks: Array | None = None,
         mask: Array | None = None,
+        window: int | None = None,
     ) -> Array:
-        return attention.attend(self, store, queries, scale=scale, sinks=sinks, mask=mask)  # type: ignore[arg-type]
+        return attention.attend(
+            self,  # type: ignore[arg-type]
+            store,
+            queries,
+            scale=scale,
+            sinks=sinks,
+            mask=mask,
+            window=window,
+        )

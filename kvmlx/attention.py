@@ -74,6 +74,7 @@ def attend(
     scale: float,
     sinks: Array | None = None,
     mask: Array | None = None,
+    window: int | None = None,
 ) -> Array:
     """Return ``[B, Hq, L, Dv]`` in the queries' dtype: attention over every row of the store.
 
@@ -83,6 +84,8 @@ def attend(
         sinks: logits ``[Hq]`` that take attention and give no value.
         mask: additional bool (True = seen) or additive mask, broadcastable to ``[B, Hq, L, T]``, T the rows in
             logical order; only for stores that hold every token.
+        window: given where ``mask`` is a causal sliding window of so many tokens and nothing else; a kernel then
+            need not read the mask. Plain operations do.
     """
     xp = backend.xp
     n = queries.shape[2]

@@ -195,7 +195,15 @@ class LayerCache:
             if codec is not None:
                 codec.check(x.shape[3])
 
-    def attend(self, queries: Array, *, scale: float, sinks: Array | None = None, mask: Array | None = None) -> Array:
+    def attend(
+        self,
+        queries: Array,
+        *,
+        scale: float,
+        sinks: Array | None = None,
+        mask: Array | None = None,
+        window: int | None = None,
+    ) -> Array:
         """Return ``[B, Hq, L, Dv]``: attention of the newest L tokens over every row that is kept.
 
         Args:
@@ -203,11 +211,12 @@ class LayerCache:
             scale: factor of the logits.
             sinks: attention-sink logits ``[Hq]``.
             mask: the model's own mask over every token seen, bool or additive; refused once rows were evicted.
+            window: the newest tokens that ``mask`` lets a token see, itself included, if it says nothing else.
         """
         self.scale = scale
         if mask is not None:
             self._check_mask(mask)
-        out = self.backend.attend(self.store, queries, scale=scale, sinks=sinks, mask=mask)
+        out = self.backend.attend(self.store, queries, scale=scale, sinks=sinks, mask=mask, window=window)
         observed = self._observe(queries)
         return self.backend.after(out, observed)
 

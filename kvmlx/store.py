@@ -319,38 +319,34 @@ class LayerStore:
             self.planes[name] = xp.reshape(joined, (-1, joined.shape[-1]))
 
     def _extend_ragged(self, lanes: np.ndarray, n: int, new: Planes, span: np.ndarray) -> None:
-        xp = self.backend.xp
-        order = {int(lane): i for i, lane in enumerate(lanes)}
-        for name, period in self._periods().items():
-            fresh = xp.reshape(new[name], (-1, new[name].shape[-1]))
-            old = self.planes.pop(name, None)
-            base = 0 if old is None else old.shape[0]
-            source = fresh if old is None else xp.concat([old, fresh], axis=0)
-            pieces = []
-            for lane, (at, held, room) in enumerate(zip(self.start.flat, self.length.flat, span, strict=True)):
-                rows = np.arange(at // period, (at + held) // period)
-                if lane in order:
-                    rows = np.concatenate([rows, base + order[lane] * (n // period) + np.arange(n // period)])
-                pieces.append(np.pad(rows, (0, room // period - len(rows))))
-            self.planes[name] = self._take(source, np.concatenate(pieces))
+        xp, unit = self.backend.xp, self.unit
+        fresh: Planes | None = {name: xp.reshape(plane, (-1, plane.shape[-1])) for name, plane in new.items()}
+        units = [np.arange(held) for held in self.length.ravel() // unit]
+        first = int(self.span.sum()) // unit
+        if not self.planes:
+            self.planes, fresh, first = fresh, None, 0
+        for i, lane in enumerate(lanes):
+            at = first + i * (n // unit) - int(self.start.flat[lane]) // unit
+            units[lane] = np.append(units[lane], at + np.arange(n // unit))
+        self._gather(units, span, fresh)
+
+    def _gather(self, units: Sequence[np.ndarray], span: np.ndarray, fresh: Planes | None = None) -> None:
+        """Lay the planes out anew: of each lane the units given, from its start; ``fresh`` lies behind the planes."""
+        unit = self.unit
+        per = {name: unit // period for name, period in self._periods().items()}
+        starts = self.start.ravel() // unit
+        self.planes = self.backend.gather_units(self.planes, starts, units, span // unit, per=per, fresh=fresh)
 
     def _take(self, flat: Array, index: np.ndarray) -> Array:
         return self.backend.xp.take(flat, self.backend.from_numpy(index.astype(np.int32)), axis=0)
 
     def retain_body(self, kept: Sequence[np.ndarray]) -> None:
         """Keep the body units ``kept[lane]`` (sorted, in units of ``unit`` rows from the lane's start)."""
-        unit = self.unit
-        length = np.array([len(k) * unit for k in kept], np.int64)
+        length = np.array([len(k) * self.unit for k in kept], np.int64)
         if not self.planes or (length == self.length.ravel()).all():
             return
         span = self._spans(length)
-        for name, period in self._periods().items():
-            per = unit // period
-            pieces = []
-            for at, units, room in zip(self.start.flat, kept, span, strict=True):
-                rows = (at // period + units[:, None] * per + np.arange(per)[None, :]).ravel()
-                pieces.append(np.pad(rows, (0, room // period - len(rows))))
-            self.planes[name] = self._take(self.planes[name], np.concatenate(pieces))
+        self._gather(kept, span)
         self._set_layout(length, span)
 
     def body_tile(self, first: int, stop: int, *, after: Sequence[Array] = ()) -> Tile:

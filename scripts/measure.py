@@ -444,7 +444,8 @@ def render() -> None:
     lines = [
         "# Results",
         "",
-        "Made by `scripts/measure.py`; each section names its machine, versions and shapes.",
+        "Made by `scripts/measure.py`; each section names its machine, versions and shapes. `metal.json` is of "
+        "`scripts/count_metal.py` and shown in [metal.md](../metal.md).",
         "",
     ]
     for name, columns in RENDER.items():

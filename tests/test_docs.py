@@ -22,6 +22,7 @@ from kvmlx.strategy import ALIASES, PRESETS, STAGES, Strategy
 
 ROOT = Path(__file__).resolve().parents[1]
 README, METHODS, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "architecture.md"
+METAL = ROOT / "docs" / "metal.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results"
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "triton", "transformers", "array_api_compat"}
@@ -259,10 +260,18 @@ def render_measured() -> str:
     return "\n".join([head, *out])
 
 
+def render_counted() -> str:
+    """Return the tables of docs/metal.md."""
+    from scripts.count_metal import render
+
+    return render(json.loads((RESULTS / "metal.json").read_text(encoding="utf-8")))
+
+
 BLOCKS: dict[tuple[Path, str], Block] = {
     (README, "presets"): render_presets,
     (README, "measured"): render_measured,
     (METHODS, "presets"): lambda: render_presets(pages="results/README.md"),
+    (METAL, "counted"): render_counted,
 }
 
 

@@ -25,6 +25,14 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout + done.stderr
 
 
+SELFTEST = """
+from kvmlx import selftest
+from kvmlx.backends.numpy import BACKEND
+what = [check for check in selftest.checks_for(BACKEND, quick=True) if check.primitive == "affine"]
+assert what and all(outcome.problem is None for outcome in selftest.run(BACKEND, what))
+"""
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout, so that builds leave nothing in the real one and take nothing stale from it."""
@@ -69,12 +77,21 @@ for name in {PACKAGES!r}:
 assert importlib.resources.files("kvmlx").joinpath("py.typed").is_file()
 print(*sorted(p.name for p in importlib.resources.files("kvmlx.metal_kernels").iterdir()
               if p.name.endswith(".metal")))
+print(*sorted(p.name for p in importlib.resources.files("kvmlx.vectors").iterdir()
+              if p.name.endswith(".safetensors")))
+from kvmlx import checks
+assert all(checks.cases_of(name) for name in checks.CHECKS)
 print(pathlib.Path(kvmlx.__file__).parent)
 """
-    kernels, where = run(python, "-I", "-c", script, cwd=tmp_path).splitlines()
+    kernels, vectors, where = run(python, "-I", "-c", script, cwd=tmp_path).splitlines()
     assert kernels.split() == sorted(path.name for path in (ROOT / "metal_kernels").glob("*.metal"))
+    assert vectors.split() == sorted(path.name for path in (ROOT / "tests" / "vectors").glob("*.safetensors"))
     assert Path(where).is_relative_to(artifacts["editable"] if kind == "editable" else tmp_path / "venv")
-    assert (tmp_path / "venv" / "bin" / "kvmlx").exists()
+    command = tmp_path / "venv" / "bin" / "kvmlx"
+    assert command.exists()
+    if kind == "wheel":
+        # The whole chain on the vectors that were installed; the doctor's own tests run all of it.
+        run(python, "-I", "-c", SELFTEST, cwd=tmp_path)
 
 
 def test_every_package_folder_is_listed() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvmlx import layout, ops
+from kvmlx import checks, ops
 from kvmlx import reference as ref
-from kvmlx.stages.base import Allocate, Merge, Select
-from kvmlx.strategy import STAGES, Strategy
-from kvmlx.types import Backend, Codec, Rotary, Rows
+from kvmlx.backends.numpy import BACKEND as NUMPY
+from kvmlx.checks import Case, cases, cases_of, given
+from kvmlx.types import Backend
 from scripts.make_vectors import FILES, FOLDER, differences, read, serialize
 from tests.tolerance import assert_close, assert_same
 
@@ -23,41 +23,38 @@ from tests.tolerance import assert_close, assert_same
 BACKENDS = [
     ("numpy", "numpy", "kvmlx.backends.numpy"),
     ("mlx", "mlx.core", "kvmlx.backends.mlx.ops"),
+    ("metal", "mlx.core", "kvmlx.backends.mlx.metal.backend"),
 ]
-
-Case = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 @pytest.fixture(scope="module", params=BACKENDS, ids=[row[0] for row in BACKENDS])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    _, framework, module = request.param
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    name, framework, module = request.param
     pytest.importorskip(framework)
-    return import_module(module).BACKEND
+    with _off_mac() if name == "metal" else nullcontext():
+        yield import_module(module).BACKEND
 
 
-@cache
-def _file(primitive: str) -> dict[str, Case]:
-    tensors, metadata = read(FOLDER / f"{primitive}.safetensors")
-    cases: dict[str, Case] = {name: (params, {}) for name, params in metadata["cases"].items()}
-    for key, x in tensors.items():
-        case, name = key.split("/")
-        cases[case][1][name] = x
-    return cases
+def _off_mac() -> AbstractContextManager[Any]:
+    """Execute the Metal kernels on the CPU (tests/metal)."""
+    from tests.metal.device import Device
+    from tests.metal.off_mac import off_mac
+
+    return off_mac(Device(seed=1))
 
 
 def over(primitive: str, *, without: str = "-none-") -> Callable[[Any], Any]:
     """Parametrize a test by the cases of a vector file, less those with ``without`` in their names."""
-    cases = {name: case for name, case in _file(primitive).items() if without not in name}
-    return pytest.mark.parametrize("case", list(cases.values()), ids=list(cases))
+    return _parametrize({name: case for name, case in cases(primitive).items() if without not in name})
 
 
-def given(backend: Backend, x: np.ndarray) -> Any:
-    """Hand an input to the backend, float16 as float32."""
-    return backend.from_numpy(x.astype(np.float32) if x.dtype == np.float16 else x)
+def checked(check: str) -> Callable[[Any], Any]:
+    """Parametrize a test by the cases that a check of kvmlx.checks runs over."""
+    return _parametrize(cases_of(check))
 
 
-def optional(backend: Backend, tensors: dict[str, np.ndarray], name: str) -> Any:
-    return given(backend, tensors[name]) if name in tensors else None
+def _parametrize(found: dict[str, Case]) -> Callable[[Any], Any]:
+    return pytest.mark.parametrize("case", list(found.values()), ids=list(found))
 
 
 @pytest.mark.parametrize("primitive", list(FILES))
@@ -65,87 +62,40 @@ def test_files_are_what_the_script_writes(primitive: str) -> None:
     assert differences(primitive, FOLDER / f"{primitive}.safetensors") == []
 
 
+def test_every_case_is_checked() -> None:
+    """Of every file all cases, less those that no store can have: attention over no rows."""
+    assert {check.file for check in checks.CHECKS.values()} == set(FILES)
+    for file in FILES:
+        run = set().union(*(cases_of(name) for name, check in checks.CHECKS.items() if check.file == file))
+        assert run and run == {name for name in cases(file) if file != "attention" or "-T0-" not in name}
+
+
 # Attention
 
 
-# A store never attends over a segment without rows: T0 is for kernels.
-@over("attention", without="-T0-")
+@checked("attention")
 def test_attention(backend: Backend, case: Case) -> None:
-    """Compose attention of kvmlx.ops: logits, mask, softmax, weighted values."""
-    params, t = case
-    xp = backend.xp
-    inputs = {k: t[k] for k in ("queries", "keys", "values", "bias", "sinks", "valid") if k in t}
-    s = ops.logits(xp, given(backend, t["queries"]), given(backend, t["keys"]), params["scale"])
-    if params["causal"]:
-        s = xp.where(ops.causal_mask(xp, s.shape[2], s.shape[3]), s, ops.NEG_INF)
-    if "bias" in t:
-        s = s + xp.repeat(given(backend, t["bias"]), s.shape[1] // t["bias"].shape[1], axis=1)[:, :, None, :]
-    if "valid" in t:
-        s = xp.where(given(backend, t["valid"] != 0)[:, None, None, :], s, ops.NEG_INF)
-    if "sinks" in t:
-        column = xp.broadcast_to(given(backend, t["sinks"])[None, :, None, None], (*s.shape[:3], 1))
-        weights = ops.softmax(xp, xp.concat([s, column], axis=-1))[..., :-1]
-    else:
-        weights = ops.softmax(xp, s)
-    out = ops.weighted_values(xp, weights, given(backend, t["values"]))
-    assert_close(backend.to_numpy(out), t["out"], plain_attention(inputs, params))
+    checks.attention(backend, case)
 
 
-def plain_attention(inputs: dict[str, np.ndarray], params: dict[str, Any]) -> np.ndarray:
-    """Return plain float32 attention with its sums taken in eight orders, stacked."""
-    out, rng = [], np.random.default_rng(0)
-    for _ in range(8):
-        t = dict(inputs)
-        channels = rng.permutation(t["queries"].shape[-1])
-        t["queries"], t["keys"] = t["queries"][..., channels], t["keys"][..., channels]
-        if not params["causal"]:
-            rows = rng.permutation(t["keys"].shape[2])
-            t["keys"], t["values"] = t["keys"][:, :, rows], t["values"][:, :, rows]
-            t |= {k: t[k][..., rows] for k in ("bias", "valid") if k in t}
-        out.append(ref.attention(**t, scale=params["scale"], causal=params["causal"], dtype=np.float32)[0])
-    return np.stack(out)
-
-
-@over("attention", without="-T0-")
+@checked("sdpa")
 def test_sdpa(backend: Backend, case: Case) -> None:
-    """The framework's own fused attention, masked by what is added to the logits."""
-    params, t = case
-    inputs = {k: t[k] for k in ("queries", "keys", "values", "bias", "sinks", "valid") if k in t}
-    zero = np.zeros_like(t["queries"][..., :1])
-    zero_key = np.zeros_like(t["keys"][..., :1])
-    added = {k: t[k] for k in ("bias", "valid") if k in t}
-    mask = ref.masked_logits(zero, zero_key, scale=1.0, causal=params["causal"], **added, dtype=np.float32)
-    causal = params["causal"] and not added
-    out = backend.sdpa(  # type: ignore[attr-defined]
-        given(backend, t["queries"]),
-        given(backend, t["keys"]),
-        given(backend, t["values"]),
-        scale=params["scale"],
-        causal=causal,
-        mask=None if causal or not added else backend.from_numpy(mask),
-        sinks=optional(backend, t, "sinks"),
-    )
-    assert_close(backend.to_numpy(out), t["out"], plain_attention(inputs, params))
+    checks.sdpa(backend, case)
 
 
-@over("column_sums")
+@checked("attend")
+def test_attend(backend: Backend, case: Case) -> None:
+    checks.attend(backend, case)
+
+
+@checked("column_sums")
 def test_column_sums(backend: Backend, case: Case) -> None:
-    params, t = case
-    n = backend.from_numpy(t["n_queries"]) if "n_queries" in t else None
-    sums = backend.column_sums(
-        given(backend, t["queries"]),
-        given(backend, t["keys"]),
-        scale=params["scale"],
-        n_queries=n,
-        bias=optional(backend, t, "bias"),
-    )
-    inputs = {k: t[k] for k in ("queries", "keys", "bias", "n_queries") if k in t}
-    assert_close(backend.to_numpy(sums), t["sums"], ref.column_sums(**inputs, **params, dtype=np.float32))
+    checks.column_sums(backend, case)
 
 
 def test_column_sums_in_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bounded block of queries, not dividing L, changes nothing."""
-    params, t = _file("column_sums")["B1-H2-G1-L64-T129-D128-bias"]
+    params, t = cases("column_sums")["B1-H2-G1-L64-T129-D128-bias"]
     monkeypatch.setattr(ops, "QUERY_BLOCK_ELEMENTS", 2 * 129 * 7)
     inputs = {k: t[k] for k in ("queries", "keys", "bias")}
     sums = ops.column_sums(backend.xp, **{k: given(backend, x) for k, x in inputs.items()}, **params)
@@ -167,163 +117,52 @@ def test_softmax_of_nothing_is_zero(backend: Backend) -> None:
 # Bytes
 
 
-@over("packing")
+@checked("packing")
 def test_packing(backend: Backend, case: Case) -> None:
-    params, t = case
-    planes = layout.pack(backend.xp, backend.from_numpy(t["codes"]), params["bits"])
-    for i, plane in enumerate(planes):
-        assert_same(backend.to_numpy(plane), t[f"codes{i}"], name=f"codes{i}")
-    expected = [backend.from_numpy(t[f"codes{i}"]) for i in range(len(planes))]
-    assert_same(backend.to_numpy(layout.unpack(backend.xp, expected, params["bits"])), t["codes"])
+    checks.packing(backend, case)
 
 
-@over("hadamard")
+@checked("rotation")
 def test_rotation(backend: Backend, case: Case) -> None:
-    params, t = case
-    x = given(backend, t["x"])
-    dim = t["x"].shape[-1]
-    assert layout.hadamard_block(dim) == params["block"]
-    assert_same(layout.signs(dim).astype(np.int8), t["signs"], name="signs")
-    plain = ref.rotate(t["x"], None, np.float32)
-    assert_close(backend.to_numpy(backend.hadamard(x, params["block"])), t["plain"], plain, name="hadamard")
-    codec = codec_of("turboquant(k=4)", "keys")
-    rotated = codec.rotate(backend, x)
-    plain = ref.rotate(t["x"], ref.SIGN_SEED, np.float32)
-    assert_close(backend.to_numpy(rotated), t["rotated"], plain, name="rotate")
-    back = ref.unrotate(plain, ref.SIGN_SEED, np.float32)
-    assert_close(backend.to_numpy(codec.unrotate(backend, rotated)), t["x"], back, name="unrotate")
+    checks.rotation(backend, case)
 
 
-def codec_of(stage: str, side: str) -> Codec:
-    keys, values = Strategy.parse(stage).codecs()
-    codec = keys if side == "keys" else values
-    assert codec is not None
-    return codec
-
-
-def check_codec(backend: Backend, case: Case, plain: np.ndarray) -> None:
-    """Compare planes bit by bit and decoded rows by the policy."""
-    params, t = case
-    codec = codec_of(params["stage"], params["side"])
-    names = {spec.name for spec in codec.planes(params["dim"])}
-    planes = backend.encode(codec, given(backend, t["x"]))
-    assert set(planes) == names == set(t) - {"x", "decoded"}
-    for spec in codec.planes(params["dim"]):
-        plane = backend.to_numpy(planes[spec.name])
-        assert_same(plane, t[spec.name], name=spec.name)
-        assert plane.shape[-2:] == (t["x"].shape[-2] // spec.rows, spec.width)
-    stored = {name: backend.from_numpy(t[name]) for name in names}
-    decoded = backend.to_numpy(backend.decode(codec, stored, params["dim"]))
-    assert decoded.dtype == np.float32
-    assert_close(decoded, t["decoded"], plain, name="decoded")
-
-
-def codes(case: Case) -> np.ndarray:
-    params, t = case
-    planes = [t[name] for name in sorted(t) if name.startswith("codes")]
-    return ref.unpack(planes, params["bits"], params["dim"])
-
-
-@over("affine")
+@checked("affine")
 def test_affine(backend: Backend, case: Case) -> None:
-    t = case[1]
-    check_codec(backend, case, ref.affine_decode(codes(case), t["scales"], t["zeros"], np.float32))
+    checks.affine(backend, case)
 
 
-@over("kivi")
+@checked("kivi_keys")
 def test_kivi_keys(backend: Backend, case: Case) -> None:
-    t = case[1]
-    check_codec(backend, case, ref.channel_decode(codes(case), t["scales"], t["zeros"], np.float32))
+    checks.kivi_keys(backend, case)
 
 
-@over("codebook")
+@checked("codebook")
 def test_codebook(backend: Backend, case: Case) -> None:
-    params, t = case
-    means = t.get("means")
-    check_codec(backend, case, ref.codebook_decode(codes(case), t["scales"], means, params["bits"], np.float32))
+    checks.codebook(backend, case)
 
 
 # Stages
 
 
-@over("select")
+@checked("select")
 def test_select(backend: Backend, case: Case) -> None:
-    """The rows kept are the oracle's; scores may differ by a factor and an offset."""
-    params, t = case
-    xp, args = backend.xp, params["args"]
-    stage = STAGES[params["method"]](**args)
-    assert isinstance(stage, Select)
-    sums = None
-    if params["method"] == "h2o":
-        received = backend.column_sums(given(backend, t["queries"]), given(backend, t["keys"]), scale=params["scale"])
-        sums = ops.group_mean(xp, received, t["keys"].shape[1])
-    rows = Rows(
-        backend=backend,
-        keys=given(backend, t["keys"]),
-        values=given(backend, t["values"]),
-        scale=params["scale"],
-        length=params["length"],
-        layer=0,
-        n_layers=2,
-        queries=optional(backend, t, "queries") if sums is None else None,
-        sums=sums,
-        query_mean=optional(backend, t, "query_mean"),
-        query_cov=optional(backend, t, "query_cov"),
-        rotary=rotary_of(params["rotary"]) if "rotary" in params else None,
-    )
-    scores = backend.to_numpy(stage.score(rows))
-    assert scores.shape == t["scores"].shape and scores.dtype == np.float32
-    protected = np.array(scores)
-    protected[..., : args["sinks"]] = np.inf
-    protected[..., scores.shape[-1] - args["recent"] :] = np.inf
-    kept = ops.top_rows(xp, backend.from_numpy(protected), args["budget"])
-    assert_same(backend.to_numpy(kept), t["kept"])
+    checks.select(backend, case)
 
 
-def rotary_of(fields: dict[str, Any]) -> Rotary:
-    pairs = {name: tuple(fields[name]) for name in ("first", "second", "frequency")}
-    return Rotary(**pairs, factor=fields["factor"])
-
-
-@over("budgets")
+@checked("budgets")
 def test_budgets(case: Case) -> None:
-    params, t = case
-    stage = STAGES[params["method"]]()
-    assert isinstance(stage, Allocate)
-    if params["method"] == "pyramidkv":
-        budgets = stage.layer_budgets(**params["args"])
-    else:
-        budgets = stage.head_budgets(t["scores"].astype(np.float32), **params["args"])
-    assert np.asarray(budgets).tolist() == t["budgets"].tolist()
+    checks.budgets(NUMPY, case)
 
 
-@over("keepkv")
+@checked("keepkv")
 def test_keepkv(backend: Backend, case: Case) -> None:
-    params, t = case
-    stage = STAGES["keepkv"](**params["args"])
-    assert isinstance(stage, Merge)
-    rows = Rows(
-        backend=backend,
-        keys=given(backend, t["keys"]),
-        values=given(backend, t["values"]),
-        scale=params["scale"],
-        length=t["keys"].shape[2],
-        layer=0,
-        n_layers=2,
-        queries=given(backend, t["queries"]),
-        bias=given(backend, t["bias"]),
-    )
-    folded = stage.fold(rows, backend.from_numpy(t["kept"]), backend.from_numpy(t["dropped"]))
-    plain = ref.keepkv_fold(
-        *(t[name] for name in ("keys", "values", "queries", "kept", "dropped")),
-        bias=t["bias"],
-        scale=params["scale"],
-        similarity=params["args"]["similarity"],
-        form=params["args"]["form"],
-        dtype=np.float32,
-    )
-    for name, got in zip(("keys", "values", "bias"), folded, strict=True):
-        assert_close(backend.to_numpy(got), t[f"out_{name}"], getattr(plain, name), name=name)
+    checks.keepkv(backend, case)
+
+
+@checked("rope")
+def test_rope(backend: Backend, case: Case) -> None:
+    checks.rope(backend, case)
 
 
 # The vectors themselves
@@ -333,7 +172,7 @@ def test_keepkv(backend: Backend, case: Case) -> None:
 def test_margins_hold(primitive: str) -> None:
     """Five float32 ulps of noise on what the rotation makes change no code and no metadata."""
     noise = np.random.default_rng(0)
-    for params, t in _file(primitive).values():
+    for params, t in cases(primitive).values():
         if "hadamard" not in params["stage"] and primitive == "affine":
             continue
         y = ref.rotate(t["x"], ref.SIGN_SEED)

@@ -12,8 +12,8 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models import cache as stock
 
+from kvmlx.backends.mlx import choose
 from kvmlx.backends.mlx.models import describe, refusal
-from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.session import LayerCache, Report, Session
 from kvmlx.session import report as session_report
 from kvmlx.stages.base import Stage
@@ -78,6 +78,8 @@ class _Forward(threading.local):
 
     causal: mx.array | None = None
     """The last causal mask that one of them made as an array: it says nothing that attention does not know."""
+    windowed: tuple[mx.array, int] | None = None
+    """The last sliding-window mask that one of them made, and its window."""
 
 
 _FORWARD = _Forward()
@@ -118,11 +120,13 @@ class KVMLXCache:
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """Return the mask for N new tokens: None, "causal", or an array where the model insists on one."""
         self.layer.settle()
-        _FORWARD.causal = None
+        _FORWARD.causal = _FORWARD.windowed = None
         store = self.layer.store
         held = 0 if store.empty else int(store.lengths.max())
         if window_size is not None:
-            return base.create_causal_mask(N, held, window_size=window_size)
+            mask = base.create_causal_mask(N, held, window_size=window_size)
+            _FORWARD.windowed = mask, window_size
+            return mask
         padded = self.batched and self.layer.strategy.identity
         if padded and not store.empty:
             first = int(store.begin.min())
@@ -136,13 +140,15 @@ class KVMLXCache:
     def attend(self, queries: mx.array, scale: float, mask: Any, sinks: mx.array | None) -> mx.array:
         own = mask is None or isinstance(mask, str) or mask is _FORWARD.causal
         mask = None if own else mask
+        made = _FORWARD.windowed
+        window = made[1] if mask is not None and made is not None and mask is made[0] else None
         if not self.attended:
             self.attended = True
-            return self.layer.attend(queries, scale=scale, sinks=sinks, mask=mask)
+            return self.layer.attend(queries, scale=scale, sinks=sinks, mask=mask, window=window)
         # A further layer that shares these rows; the observations are those of the rows' own layer.
         if mask is not None:
             self.layer._check_mask(mask)
-        return BACKEND.attend(self.layer.store, queries, scale=scale, sinks=sinks, mask=mask)
+        return self.layer.backend.attend(self.layer.store, queries, scale=scale, sinks=sinks, mask=mask, window=window)
 
     # -- what generators call -------------------------------------------------------------------------------------
 
@@ -157,7 +163,7 @@ class KVMLXCache:
 
     @state.setter
     def state(self, value: Any) -> None:
-        self.layer, self.batched = from_state(BACKEND, value)
+        self.layer, self.batched = from_state(choose.backend(), value)
         self.attended = False
 
     @classmethod
@@ -244,8 +250,10 @@ def make_prompt_cache(model: Any, strategy: str | Stage | Strategy, *, inspect: 
     Raises:
         StrategyError: the strategy is not one, or does not fit the model's head dim.
         UnsupportedModelError: no layer of the model can be served; the message says why.
+        KVMLXError: $KVMLX_KERNELS asks for Metal kernels on a machine without Metal.
     """
     strategy = Strategy.of(strategy)
+    backend = choose.backend()
     install()
     original = getattr(model, "_kvmlx_make_cache" if _wrapped(model) else "make_cache", None)
     entries = original() if original else [stock.KVCache() for _ in model.layers]
@@ -281,7 +289,7 @@ def make_prompt_cache(model: Any, strategy: str | Stage | Strategy, *, inspect: 
         )
     session = Session(strategy, info, len(managed), unmanaged, inspect)
     for number, (_, owner, at) in enumerate(slots):
-        owner[at] = KVMLXCache(LayerCache(BACKEND, session, number))
+        owner[at] = KVMLXCache(LayerCache(backend, session, number))
     return entries
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from mlx_lm.models import cache as stock
 
 from kvmlx import files
+from kvmlx.backends.mlx import choose
 from kvmlx.backends.mlx.adapter import KVMLXCache, install, layers_of, make_prompt_cache
-from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.session import Session
 from kvmlx.state import layer_from_json, layer_to_json, session_from_json, session_to_json
 from kvmlx.types import CacheFileError, KVMLXError, LayerInfo, ModelInfo
@@ -182,7 +182,7 @@ def _from_entry(prefix: str, entry: Any, arrays: Arrays, session: Session | None
             raise CacheFileError("it has compressed layers, but no strategy")
         start = prefix + "."
         own = {key.removeprefix(start): arrays.pop(key) for key in list(arrays) if key.startswith(start)}
-        layer = layer_from_json(BACKEND, session, entry["cache"], own)
+        layer = layer_from_json(choose.backend(), session, entry["cache"], own)
         if unknown := own.keys() - layer.arrays().keys():
             raise CacheFileError(f"layer {layer.layer} does not own the array {min(unknown)!r:.80}")
         return KVMLXCache(layer, batched=bool(entry["batched"]))

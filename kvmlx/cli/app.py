@@ -173,11 +173,32 @@ def explain(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine has: versions, backends, kernels, speed."""
-    from kvmlx.cli.doctor import show_doctor
+def doctor(
+    head_dim: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Head dim of the model whose paths are listed.")
+    ] = 128,
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Check what this machine computes against the reference instead.")
+    ] = False,
+    backend: Annotated[
+        str | None, typer.Option(metavar="mlx|numpy", help="What --selftest checks; mlx where it is installed.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A --selftest with fewer stores.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine has: versions, backends, speed, and which path each kind of cache takes.
 
-    show_doctor(as_json=as_json)
+    With `--selftest` compute the shared test vectors and attention over every kind of cache; exits with 1 if a result
+    is wrong.
+    """
+    from kvmlx.cli.doctor import show_doctor, show_selftest
+    from kvmlx.cli.output import UsageError
+
+    if selftest:
+        raise typer.Exit(show_selftest(backend, quick=quick, as_json=as_json))
+    if backend is not None or quick:
+        raise UsageError("--backend and --quick go with --selftest")
+    show_doctor(head_dim=head_dim, as_json=as_json)
 
 
 def _name(dtype: DType | None) -> str | None:

@@ -1,0 +1,82 @@
+"""What a kernel must know of a codec: the numbers that choose its template, and which codecs there are kernels for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kvmlx import layout
+from kvmlx.stages.encode.codecs import Affine, Channel, CodeBook, Exact
+from kvmlx.types import Codec
+
+FLOAT16, BFLOAT16, FLOAT32, AFFINE, CHANNEL, CODEBOOK = range(6)
+"""The kinds of codecs.metal."""
+MAX_DIM = 256
+"""Channels of a row up to which the attention kernels' threadgroup memory and registers reach."""
+EXACT = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One side of a body, as templates take it."""
+
+    kind: int
+    bits: int
+    group: int
+    """Channels that share a scale (AFFINE), or rows that share scales or means (CHANNEL, CODEBOOK); 0: none do."""
+    rotated: bool
+    planes: dict[str, str] = field(hash=False)
+    """Plane of the codec for each buffer of a kernel: codes0, codes1, scales, offsets."""
+
+    def template(self, side: str) -> list[tuple[str, Any]]:
+        """Return the template arguments of side ``"K"`` or ``"V"``."""
+        return [
+            (f"{side}_KIND", self.kind),
+            (f"{side}_BITS", self.bits),
+            (f"{side}_GROUP", self.group),
+            (f"{side}_ROTATED", self.rotated),
+        ]
+
+    @property
+    def block(self) -> int:
+        """Rows that share an entry of a plane."""
+        return self.group if self.kind in (CHANNEL, CODEBOOK) and self.group else 1
+
+
+def format_of(codec: Codec, dim: int) -> Format:
+    """Return the format of a codec's planes for rows of ``dim`` channels."""
+    if isinstance(codec, Exact):
+        return Format(EXACT[codec.dtype], codec.bits, 0, False, {"codes0": "rows"})
+    names = {f"codes{i}": f"codes{i}" for i in range(len(layout.plane_bits(codec.bits)))} | {"scales": "scales"}
+    if isinstance(codec, Affine):
+        return Format(AFFINE, codec.bits, codec.group(dim), codec.rotation != "none", names | {"offsets": "zeros"})
+    if isinstance(codec, Channel):
+        return Format(CHANNEL, codec.bits, codec.group_size, codec.rotation != "none", names | {"offsets": "zeros"})
+    if isinstance(codec, CodeBook):
+        means = {"offsets": "means"} if codec.center else {}
+        return Format(CODEBOOK, codec.bits, codec.center, codec.rotation != "none", names | means)
+    raise TypeError(f"no kernel knows the codec {codec!r}")
+
+
+def unsupported(codecs: tuple[Codec, Codec] | None, dim: int, value_dim: int) -> str | None:
+    """Return why no attention kernel takes a body of these codecs (None: a tail only), None where one does."""
+    for name, size in (("key", dim), ("value", value_dim)):
+        if size % 8 or not 8 <= size <= MAX_DIM:
+            return f"a {name} dim of {size} is not a multiple of 8 up to {MAX_DIM}"
+    if codecs is None:
+        return None
+    values = format_of(codecs[1], value_dim)
+    if values.block > 1:
+        return f"values that share an entry among {values.block} rows"
+    return None
+
+
+def levels(fmt: Format, dim: int) -> np.ndarray:
+    """Return the code book's float32 levels, padded to 64 so that every format has as many; zeros without one."""
+    out = np.zeros(64, np.float32)
+    if fmt.kind == CODEBOOK:
+        book = layout.code_book(fmt.bits, dim)
+        out[: len(book)] = book
+    return out
