@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from kvmlx import reference as ref
 from kvmlx.backends.mlx.ops import BACKEND
-from kvmlx.stages.encode.codecs import Affine, Channel, CodeBook, Exact
+from kvmlx.selftest import decode, rotated
 from kvmlx.store import LayerStore
 from kvmlx.strategy import Strategy
-from kvmlx.types import Codec
 from tests.tolerance import assert_close
 
 Kernel = Callable[..., mx.array]
@@ -136,24 +135,6 @@ def to_numpy(x: mx.array) -> np.ndarray:
     return np.array(x.astype(mx.float32))
 
 
-def decode(codec: Codec, planes: dict[str, np.ndarray], dim: int, dtype: Any) -> np.ndarray:
-    """Return the rows ``[n, dim]`` of planes, in the codec's basis, by docs/format.md."""
-    if isinstance(codec, Exact):
-        rows = planes["rows"]
-        return (rows if rows.dtype != np.uint16 else (rows.astype(np.uint32) << 16).view(np.float32)).astype(dtype)
-    codes = ref.unpack([planes[n] for n in sorted(planes) if n.startswith("codes")], codec.bits, dim)
-    if isinstance(codec, Affine):
-        return ref.affine_decode(codes, planes["scales"], planes["zeros"], dtype)
-    if isinstance(codec, Channel):
-        return ref.channel_decode(codes, planes["scales"], planes["zeros"], dtype)
-    assert isinstance(codec, CodeBook)
-    return ref.codebook_decode(codes, planes["scales"], planes.get("means"), codec.bits, dtype)
-
-
-def is_rotated(codec: Codec | None) -> bool:
-    return getattr(codec, "rotation", "none") != "none"
-
-
 def body_rows(store: LayerStore, i: int, j: int, side: int, dtype: Any) -> np.ndarray:
     """Return what one lane's body holds of keys (0) or values (1), ``[n, dim]``."""
     name, dim = ("keys", "values")[side], store.shape[2 + side]
@@ -177,7 +158,7 @@ def oracle(p: Problem, dtype: Any = np.float64, order: np.random.Generator | Non
     queries = to_numpy(p.queries).astype(dtype).reshape(b, h, hq // h, n, d)
     mask = None if p.mask is None else np.broadcast_to(to_numpy(p.mask), (b, hq, n, p.mask.shape[3]))
     out = np.zeros((b, hq, n, dv), dtype)
-    keys_turn, values_turn = map(is_rotated, store.codecs if store.has_body and store.codecs else (None, None))
+    keys_turn, values_turn = map(rotated, store.codecs if store.has_body and store.codecs else (None, None))
     longest = int(store.length.max(initial=0))
     common = int(store.begin.min())
     for i, j in np.ndindex(b, h):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,8 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from tiny_model import tiny_llama
 
 import kvmlx
-from kvmlx.backends.mlx import choose
+from kvmlx.backends.mlx import KVMLXCache, choose
+from kvmlx.backends.mlx.metal import loader
 from kvmlx.backends.mlx.ops import BACKEND as PLAIN
 from kvmlx.types import KVMLXError
 from tests.metal.device import Device, Launch
@@ -46,6 +48,32 @@ def test_a_cache_holds_and_gives_what_the_plain_backend_does(ran: Ran, text: str
     names = {name for name, _ in ran}
     if metal.store.has_body:
         assert {"attend_decode", "attend_merge"} <= names
+
+
+def test_a_sliding_window_is_a_number_to_the_kernels(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's mask of a window is made and never read; the answer is the mask's."""
+    templates = []
+    inner = loader.launch
+
+    def noted(kernel: loader.MetalKernel, **arguments: Any) -> list[mx.array]:
+        templates.append(dict(arguments["template"]))
+        return inner(kernel, **arguments)
+
+    monkeypatch.setattr(loader, "launch", noted)
+    rng = np.random.default_rng(0)
+    chunks = [rng.standard_normal((3, 1, 2, n, 16)).astype(np.float32) for n in (40, 40, 1, 3)]
+    outs: dict[str, list[np.ndarray]] = {}
+    for backend in (PLAIN, choose.METAL):
+        cache = KVMLXCache(make_layer(backend, f"int8({SMALL}) | bounded", inspect=False))
+        for q, k, v in chunks:
+            mask = cache.make_mask(q.shape[2], window_size=30)
+            cache.update_and_fetch(mx.array(k), mx.array(v))
+            out = cache.attend(mx.array(q), 0.25, mask, None)
+            outs.setdefault(backend.path, []).append(np.array(out))
+    for a, b in zip(outs["metal"], outs["plain"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6)
+    assert {"attend_prefill", "attend_decode"} <= {name for name, _ in ran}
+    assert {t["MASKED"] for t in templates if "MASKED" in t} == {0}
 
 
 # In use
