@@ -23,7 +23,7 @@ METAL_FUNC constexpr int gcd(int a, int b) {
 // Lanes to a row of keys: a power of two, each with at least 24 channels (48 where many query rows need the registers),
 // in whole bytes of every plane.
 METAL_FUNC constexpr int key_lanes(int dim, int n_rows, int lanes = 8) {
-  return lanes == 1 || (dim % (8 * lanes) == 0 && dim / lanes >= (n_rows > 4 ? 48 : 24))
+  return lanes == 1 || (dim % (8 * lanes) == 0 && dim / lanes >= (n_rows > 2 ? 48 : 24))
       ? lanes
       : key_lanes(dim, n_rows, lanes / 2);
 }
@@ -35,7 +35,7 @@ METAL_FUNC constexpr int piece(int channels, int bits, int n = 1) {
 
 // Channels of the values to a lane: its R accumulators for each have to fit in registers.
 METAL_FUNC constexpr int value_channels(int dim, int n_rows) {
-  return n_rows <= 4 && dim % 16 == 0 ? 16 : 8;
+  return n_rows <= 2 && dim % 16 == 0 ? 16 : 8;
 }
 
 METAL_FUNC constexpr int blocks_per_tile(int group) {
@@ -190,6 +190,25 @@ struct Running {
   }
 };
 
+// Add up the partial sums of 2 M lanes for 2 M rows so that each lane is left with one row's, in score[0]: a butterfly
+// in which a lane gives away the half that it does not need. As a loop, halving M would keep the array out of registers.
+template <int M, int R, typename S>
+METAL_FUNC void exchange(thread S& score, int part) {
+  if constexpr (M > 0) {
+    const bool upper = part & M;
+    UNROLL
+    for (int p = 0; p < M; p++) {
+      UNROLL
+      for (int r = 0; r < R; r++) {
+        const float given = upper ? score[p][r] : score[p + M][r];
+        const float kept = upper ? score[p + M][r] : score[p][r];
+        score[p][r] = kept + metal::simd_shuffle_xor(given, ushort(M));
+      }
+    }
+    exchange<M / 2, R>(score, part);
+  }
+}
+
 // Partial dots of R queries with this lane's channels of KL rows, exchanged so that `logit` is of the lane's own row.
 template <typename T, int KIND, int BITS, int GROUP, int D, int R>
 METAL_FUNC void dot_keys(
@@ -285,19 +304,7 @@ METAL_FUNC void dot_keys(
       }
     }
   }
-  UNROLL
-  for (int m = KL / 2; m >= 1; m /= 2) {
-    const bool upper = part & m;
-    UNROLL
-    for (int p = 0; p < m; p++) {
-      UNROLL
-      for (int r = 0; r < R; r++) {
-        const float given = upper ? score[p][r] : score[p + m][r];
-        const float kept = upper ? score[p + m][r] : score[p][r];
-        score[p][r] = kept + metal::simd_shuffle_xor(given, ushort(m));
-      }
-    }
-  }
+  exchange<KL / 2, R>(score, part);
   UNROLL
   for (int r = 0; r < R; r++) {
     logit[r] = score[0][r];
@@ -384,7 +391,8 @@ struct Logits {
   // Logit of row i for query row `query`; `is_tail` is known at compile time.
   template <bool BIASED, bool TAIL>
   METAL_FUNC float at(float s, int i, int query) const {
-    const int token = query % shape.n_queries;
+    const int head = shape.n_queries == 1 ? query : query / shape.n_queries;
+    const int token = query - head * shape.n_queries;
     if constexpr (BIASED) {
       s += bias[i] * M_LOG2E_F;
     }
@@ -394,7 +402,7 @@ struct Logits {
     const int column = TAIL ? shape.tail_column(first_row + i) : shape.body_column(i);
     s = shape.in_window(column, token) ? s : -INFINITY;
     if constexpr (MASKED) {
-      s = masked<MASKED>(s, mask, mask_lane + long(query / shape.n_queries) * shape.mask_head + long(token) * shape.mask_query + column);
+      s = masked<MASKED>(s, mask, mask_lane + long(head) * shape.mask_head + long(token) * shape.mask_query + column);
     }
     return s;
   }

@@ -167,7 +167,7 @@ METAL_FUNC void hadamard(threadgroup float* x, int rows, uint thread_index, uint
   for (int width = 1; width < BLOCK; width *= 2) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = thread_index; i < rows * D / 2; i += n_threads) {
-      int at = (i / width) * 2 * width + i % width;
+      int at = 2 * i - (i & (width - 1));
       float a = x[at], b = x[at + width];
       x[at] = a + b;
       x[at + width] = a - b;

@@ -90,6 +90,7 @@ METAL_FUNC void store_codes(const thread uint* codes, long row, int part, int di
   constexpr int HIGH = BITS - LOW;
   constexpr int LOW_BYTES = WIDTH * LOW / 8;
   uint low[words(LOW_BYTES)] = {0};
+  UNROLL
   for (int i = 0; i < WIDTH; i++) {
     low[i * LOW / 32] |= (codes[i] & ((1u << LOW) - 1)) << (i * LOW % 32);
   }
@@ -97,6 +98,7 @@ METAL_FUNC void store_codes(const thread uint* codes, long row, int part, int di
   if constexpr (HIGH > 0) {
     constexpr int HIGH_BYTES = WIDTH * HIGH / 8;
     uint high[words(HIGH_BYTES)] = {0};
+    UNROLL
     for (int i = 0; i < WIDTH; i++) {
       high[i * HIGH / 32] |= (codes[i] >> LOW) << (i * HIGH % 32);
     }
@@ -118,6 +120,7 @@ METAL_FUNC constexpr float orthonormal(int block) {
 template <int WIDTH, int STRIDE>
 METAL_FUNC void butterflies(thread float* y) {
   if constexpr (STRIDE < WIDTH) {
+    UNROLL
     for (int i = 0; i < WIDTH / 2; i++) {
       int at = i / STRIDE * 2 * STRIDE + i % STRIDE;
       float a = y[at], b = y[at + STRIDE];
@@ -135,12 +138,14 @@ METAL_FUNC void hadamard_row(thread float* y, uint lane) {
   butterflies<WIDTH, 1>(y);
   for (int step = 1; step < BLOCK / WIDTH; step *= 2) {
     bool upper = (lane & step) != 0;
+    UNROLL
     for (int i = 0; i < WIDTH; i++) {
       float other = simd_shuffle_xor(y[i], ushort(step));
       y[i] = upper ? other - y[i] : y[i] + other;
     }
   }
   constexpr float scale = orthonormal(BLOCK);
+  UNROLL
   for (int i = 0; i < WIDTH; i++) {
     y[i] *= scale;
   }
@@ -168,6 +173,7 @@ METAL_FUNC constexpr int input_words() {
 template <int X, int D, int WIDTH>
 METAL_FUNC void load_row(const device uchar* x, long row, int part, bool exists, thread uint* w) {
   constexpr int BYTES = 4 * input_words<X, WIDTH>();
+  UNROLL
   for (int i = 0; i < BYTES / 4; i++) {
     w[i] = 0;
   }
@@ -180,6 +186,7 @@ METAL_FUNC void load_row(const device uchar* x, long row, int part, bool exists,
 // signs: a bit per channel of the lane, set where the rotation's sign is negative.
 template <int X, int D, int WIDTH, bool ROTATED>
 METAL_FUNC void to_basis(const thread uint* w, uint signs, uint lane, thread float* y) {
+  UNROLL
   for (int i = 0; i < WIDTH; i++) {
     y[i] = number<X>(w, i);
     if constexpr (ROTATED) {
@@ -206,6 +213,7 @@ METAL_FUNC uint load_signs(const device uchar* signs, int part, bool exists) {
 template <int N>
 METAL_FUNC void fold_registers(thread float* v) {
   if constexpr (N > 1) {
+    UNROLL
     for (int i = 0; i < N / 2; i++) {
       v[i] += v[i + N / 2];
     }
@@ -226,6 +234,7 @@ METAL_FUNC float fold_lanes(thread float* v, uint lane) {
     return fold_lanes<1, STEP / 2>(v, lane);
   } else {
     bool odd = (lane & STEP) != 0;
+    UNROLL
     for (int i = 0; i < N; i += 2) {
       float mine = odd ? v[i + 1] : v[i];
       float other = odd ? v[i] : v[i + 1];
@@ -248,6 +257,7 @@ METAL_FUNC float fold_channels(thread float* v, const thread Rows& tile, threadg
     // Halves of whole lanes while there are such. Lanes of the upper half go on with what nobody reads.
     for (int n = Rows::PARTS; n > ODD; n /= 2) {
       int other = min(tile.first + tile.part + n / 2, LANES - 1);
+      UNROLL
       for (int i = 0; i < WIDTH; i++) {
         v[i] += simd_shuffle(v[i], ushort(other));
       }
@@ -255,12 +265,14 @@ METAL_FUNC float fold_channels(thread float* v, const thread Rows& tile, threadg
     // ODD * WIDTH numbers are left. Numbers ODD apart meet in one lane, which folds them,
     threadgroup float* left = scratch + tile.row * (ODD * WIDTH);
     if (tile.part < ODD) {
+      UNROLL
       for (int i = 0; i < WIDTH; i++) {
         left[tile.part * WIDTH + i] = v[i];
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     int mine = min(tile.part, ODD - 1);
+    UNROLL
     for (int i = 0; i < WIDTH; i++) {
       v[i] = left[mine + i * ODD];
     }
@@ -308,8 +320,10 @@ METAL_FUNC void encode_affine(const thread float* y, const thread Rows& tile, lo
   constexpr int IN_LANE = GROUP < WIDTH ? GROUP : WIDTH;
   constexpr int IN_LANES = GROUP / IN_LANE;
   uint codes[WIDTH];
+  UNROLL
   for (int at = 0; at < WIDTH; at += IN_LANE) {
     float low = y[at], high = y[at];
+    UNROLL
     for (int i = 1; i < IN_LANE; i++) {
       low = min(low, y[at + i]);
       high = max(high, y[at + i]);
@@ -325,6 +339,7 @@ METAL_FUNC void encode_affine(const thread float* y, const thread Rows& tile, lo
       out.offsets[group] = zero;
     }
     float inverse = inverse_of(scale);
+    UNROLL
     for (int i = at; i < at + IN_LANE; i++) {
       codes[i] = affine_code<BITS>(y[i], float(zero), inverse);
     }
@@ -348,6 +363,7 @@ METAL_FUNC void encode_codebook(
   constexpr int WIDTH = Rows::WIDTH;
   const threadgroup float* borders = book + (1 << BITS);
   float v[WIDTH];
+  UNROLL
   for (int i = 0; i < WIDTH; i++) {
     v[i] = y[i] * y[i];
   }
@@ -355,17 +371,20 @@ METAL_FUNC void encode_codebook(
   float norm = precise::sqrt(energy);
   float unit = precise::sqrt(float(D)) / nonzero(norm);
   uint codes[WIDTH];
+  UNROLL
   for (int i = 0; i < WIDTH; i++) {
     v[i] = y[i] * unit;
     codes[i] = 0;
   }
   for (uint step = 1 << (BITS - 1); step > 0; step /= 2) {
+    UNROLL
     for (int i = 0; i < WIDTH; i++) {
       codes[i] += borders[codes[i] + step - 1] < v[i] ? step : 0;
     }
   }
   float scale = norm;
   if constexpr (UNBIASED) {
+    UNROLL
     for (int i = 0; i < WIDTH; i++) {
       v[i] = y[i] * book[codes[i]];
     }
@@ -420,8 +439,8 @@ METAL_FUNC void encode_rows(
   }
 }
 
-// What a lane keeps of its rows in registers, up to HELD_WORDS: with what else it needs these must stay within the 104
-// registers that each of 512 threads can have.
+// What a lane keeps of its rows in registers, up to HELD_WORDS: with what else it needs these must stay within the 128
+// registers that a thread can have.
 constexpr constant int NOTHING = 0;  // rows are read twice, the second time soon after
 constexpr constant int INPUT = 1;    // as they were read; they are rotated twice
 constexpr constant int BASIS = 2;    // in the codec's basis
@@ -457,10 +476,12 @@ struct Block {
     if constexpr (HELD == BASIS) {
       float y[WIDTH];
       to_basis<X, D, WIDTH, ROTATED>(w, signs, lane, y);
+      UNROLL
       for (int j = 0; j < WIDTH; j++) {
         rows[i][j] = y[j];
       }
     } else {
+      UNROLL
       for (int j = 0; j < WORDS; j++) {
         words[i][j] = w[j];
       }
@@ -478,12 +499,14 @@ struct Block {
 
   METAL_FUNC void get(int i, thread float* y) const {
     if constexpr (HELD == BASIS) {
+      UNROLL
       for (int j = 0; j < WIDTH; j++) {
         y[j] = rows[i][j];
       }
     } else {
       uint w[WORDS];
       if constexpr (HELD == INPUT) {
+        UNROLL
         for (int j = 0; j < WORDS; j++) {
           w[j] = words[i][j];
         }
@@ -497,6 +520,7 @@ struct Block {
   METAL_FUNC void widen(int i, thread float* low, thread float* high) const {
     float y[WIDTH];
     get(i, y);
+    UNROLL
     for (int j = 0; j < WIDTH; j++) {
       low[j] = min(low[j], y[j]);
       high[j] = max(high[j], y[j]);
@@ -505,6 +529,7 @@ struct Block {
 
   // Minimum and maximum of each channel over the lane's rows.
   METAL_FUNC void range(thread float* low, thread float* high) const {
+    UNROLL
     for (int j = 0; j < WIDTH; j++) {
       low[j] = INFINITY;
       high[j] = -INFINITY;
@@ -515,6 +540,7 @@ struct Block {
         widen(i, low, high);
       }
     } else {
+      UNROLL
       for (int i = 0; i < COUNT; i++) {
         widen(i, low, high);
       }
@@ -530,6 +556,7 @@ struct Block {
       float other[WIDTH];
       fold<FIRST, 2 * STEP>(sum);
       fold<FIRST + STEP, 2 * STEP>(other);
+      UNROLL
       for (int j = 0; j < WIDTH; j++) {
         sum[j] += other[j];
       }
@@ -553,12 +580,14 @@ METAL_FUNC void encode_row_of(
   float y[WIDTH];
   block.get(i, y);
   if constexpr (KIND == CODEBOOK) {
+    UNROLL
     for (int j = 0; j < WIDTH; j++) {
       y[j] -= a[column + j];
     }
     encode_codebook<BITS, D, UNBIASED>(y, tile, block.row_of(i), block.exists, book, scratch, out);
   } else {
     uint codes[WIDTH];
+    UNROLL
     for (int j = 0; j < WIDTH; j++) {
       codes[j] = affine_code<BITS>(y[j], a[column + j], b[column + j]);
     }
@@ -615,11 +644,13 @@ METAL_FUNC void encode_block(
     block.template fold<0, 1>(sum);
     for (int step = Rows::ROWS / 2; step > 0; step /= 2) {
       int other = (tile.row ^ step) * Rows::PARTS + tile.part;
+      UNROLL
       for (int j = 0; j < WIDTH; j++) {
         sum[j] += simd_shuffle(sum[j], ushort(other));
       }
     }
     if (writes) {
+      UNROLL
       for (int j = 0; j < WIDTH; j++) {
         a[at + j] = sum[j];
       }
@@ -629,12 +660,14 @@ METAL_FUNC void encode_block(
     block.range(low, high);
     for (int step = Rows::ROWS / 2; step > 0; step /= 2) {
       int other = (tile.row ^ step) * Rows::PARTS + tile.part;
+      UNROLL
       for (int j = 0; j < WIDTH; j++) {
         low[j] = min(low[j], simd_shuffle(low[j], ushort(other)));
         high[j] = max(high[j], simd_shuffle(high[j], ushort(other)));
       }
     }
     if (writes) {
+      UNROLL
       for (int j = 0; j < WIDTH; j++) {
         a[at + j] = low[j];
         b[at + j] = high[j];
@@ -682,6 +715,7 @@ METAL_FUNC void encode_block(
       encode_row_of<KIND, BITS, UNBIASED, D>(block, i, tile, a, b, shared, scratch, out);
     }
   } else {
+    UNROLL
     for (int i = 0; i < Held::COUNT; i++) {
       encode_row_of<KIND, BITS, UNBIASED, D>(block, i, tile, a, b, shared, scratch, out);
     }

@@ -118,14 +118,17 @@ def count_decode(strategy: str, rows: int, group: int) -> dict[str, Any]:
     store = make_store(strategy, rows)
     queries = mx.random.normal((1, group, 1, DIM)).astype(mx.float16)
     device = Device(races=False, count_instructions=True)
-    wanted = attend.TARGET_THREADGROUPS
     # The other KV heads bring threadgroups too: a head on its own would be split further.
-    attend.TARGET_THREADGROUPS = -(-wanted // KV_HEADS)
+    names = ("TARGET_THREADGROUPS", "FEW_THREADGROUPS")
+    wanted = {name: getattr(attend, name) for name in names}
     try:
+        for name, n in wanted.items():
+            setattr(attend, name, n // KV_HEADS)
         with off_mac(device) as ran:
             attend.attend_decode(store, queries, scale=DIM**-0.5)
     finally:
-        attend.TARGET_THREADGROUPS = wanted
+        for name, n in wanted.items():
+            setattr(attend, name, n)
     runs = [run for _, run in ran]
     base = held_bytes(store) + queries.nbytes
     found = operations(runs)

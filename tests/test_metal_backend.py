@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from tiny_model import tiny_llama
 
 import kvmlx
 from kvmlx.backends.mlx import KVMLXCache, choose
-from kvmlx.backends.mlx.metal import loader
+from kvmlx.backends.mlx.metal import encode, formats, loader, operands
 from kvmlx.backends.mlx.ops import BACKEND as PLAIN
+from kvmlx.stages.encode.codecs import CodeBook
 from kvmlx.types import KVMLXError
 from tests.metal.device import Device, Launch
 from tests.metal.off_mac import off_mac
@@ -108,6 +110,24 @@ def test_kernels_are_the_default_where_there_is_metal(monkeypatch: pytest.Monkey
     assert choose.backend() is choose.METAL
     monkeypatch.setenv(choose.VARIABLE, "plain")
     assert choose.backend() is PLAIN
+
+
+def test_what_one_thread_keeps_another_can_use() -> None:
+    """Arrays that launchers keep are no graphs of the thread that asked first: its stream is not the next one's."""
+    made: list[mx.array] = []
+
+    def ask() -> None:
+        for dtype in (mx.uint8, mx.float16, mx.float32):
+            loader.nothing.cache_clear()
+            made.append(loader.nothing(dtype))
+        operands._CONSTANTS.clear()
+        fmt = formats.format_of(CodeBook(4), 64)
+        made.extend([operands.signs_of(fmt, 64), encode._book(True, 4, 64), encode._book(False, 4, 64)])
+
+    first = threading.Thread(target=ask)
+    first.start()
+    first.join()
+    mx.eval([x + 1 for x in made])
 
 
 # Under mlx-lm

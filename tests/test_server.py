@@ -59,6 +59,8 @@ class Server:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                # Tests in a shell's background ignore Ctrl-C, and what they start would too.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         self._wait()
 

@@ -8,8 +8,8 @@ from math import gcd
 import mlx.core as mx
 
 from kvmlx.backends.mlx.metal.formats import AFFINE, CHANNEL, CODEBOOK, Format
-from kvmlx.backends.mlx.metal.loader import MetalKernel
-from kvmlx.backends.mlx.metal.operands import CONSTANTS, NAMES, Operands, integers, operands, signs_of
+from kvmlx.backends.mlx.metal.loader import MetalKernel, integers, nothing
+from kvmlx.backends.mlx.metal.operands import CONSTANTS, NAMES, Operands, operands, signs_of
 from kvmlx.store import LayerStore
 
 MAX_QUERIES = 8
@@ -19,8 +19,12 @@ MAX_ROWS = 8
 MAX_SPLITS = 128
 TARGET_THREADGROUPS = 128
 """Splits are made until there are as many: the largest GPUs of the M series have 80 cores."""
+FEW_THREADGROUPS = 32
+"""As many there are even if their partial results are then more than WRITTEN of what is read."""
 SPLIT_ROWS = 256
-"""Rows of a split per query row, at least: what a split writes stays below 2% of what it reads."""
+"""Rows of a split, at least, of tiles of 32: one for each simdgroup."""
+WRITTEN = 0.014
+"""Bytes of partial results beside those that a split reads."""
 SIMDGROUPS = 8
 SHARED_FLOATS = 8192
 """Threadgroup memory of Metal, 32 KB."""
@@ -32,14 +36,14 @@ _DECODE = MetalKernel(
     outputs=["partial", "lse"],
     constants=[*CONSTANTS, "splits"],
     body="""
-    threadgroup float shared[
-        attend_shared<T, K_KIND, K_BITS, K_GROUP, V_KIND, V_BITS, V_GROUP, D, DV, R, N_SIMD>()];
+    threadgroup float4 shared[
+        (attend_shared<T, K_KIND, K_BITS, K_GROUP, V_KIND, V_BITS, V_GROUP, D, DV, R, N_SIMD>() + 3) / 4];
     attend_decode<T, D, DV, K_KIND, K_BITS, K_GROUP, K_ROTATED, V_KIND, V_BITS, V_GROUP, V_ROTATED, BIASED, MASKED, R,
                   N_SIMD>(
         queries, scale, Shape(shape, view), splits, lanes,
         Planes{(const device uchar*)keys_codes0, keys_codes1, keys_scales, keys_offsets}, keys_levels, keys_signs,
         Planes{(const device uchar*)values_codes0, values_codes1, values_scales, values_offsets}, values_levels,
-        body_bias, tail_keys, tail_values, tail_bias, mask, partial, lse, shared,
+        body_bias, tail_keys, tail_values, tail_bias, mask, partial, lse, (threadgroup float*)shared,
         threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
     """,
 )
@@ -99,7 +103,7 @@ def attend_decode(
         {
             "partial": partial,
             "lse": lse,
-            "sinks": mx.zeros((8,)) if sinks is None else sinks.astype(mx.float32),
+            "sinks": nothing(mx.float32) if sinks is None else sinks.astype(mx.float32),
             "signs": signs_of(x.values, x.value_dim),
             "numbers": integers(queries.shape[1], queries.shape[2], body[0], tail[0], sinks is not None),
         },
@@ -117,19 +121,28 @@ def attend_decode(
 
 
 def splits(x: Operands, n_blocks: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return (how many, rows of each) of the body's splits and of the tail's."""
-    n_rows = min(MAX_ROWS, x.group * x.n_queries)
-    wanted = -(-TARGET_THREADGROUPS // (x.n_batch * x.n_kv_heads * n_blocks))
+    """Return (how many, rows of each) of the body's splits and of the tail's.
 
-    def cut(rows: int, unit: int, most: int) -> tuple[int, int]:
-        if rows == 0:
-            return 0, unit
-        n = max(1, min(wanted, most, rows // (SPLIT_ROWS * n_rows)))
-        step = -(-rows // (n * unit)) * unit
+    So many that there are TARGET_THREADGROUPS, unless splits of SPLIT_ROWS would write too much beside what they read;
+    but FEW_THREADGROUPS in any case that the rows allow.
+    """
+    threadgroups = x.n_batch * x.n_kv_heads * n_blocks
+    partial = min(MAX_ROWS, x.group * x.n_queries) * (x.value_dim * x.inputs["queries"].itemsize + 4)
+
+    def cut(rows: int, unit: int, row_bytes: float, most: int) -> tuple[int, int]:
+        least = SPLIT_ROWS * unit // 32
+        cheap = int(rows * row_bytes * WRITTEN / partial)
+        wanted = min(-(-TARGET_THREADGROUPS // threadgroups), max(cheap, -(-FEW_THREADGROUPS // threadgroups)))
+        n = max(1, min(wanted, most, rows // least))
+        step = max(unit, -(-rows // (n * unit)) * unit)
         return -(-rows // step), step
 
-    body, tail = cut(x.body_rows, x.unit, MAX_SPLITS * 3 // 4), cut(x.tail_rows, 32, MAX_SPLITS // 4)
-    return body, (max(1, tail[0]), max(32, tail[1]))
+    exact = (x.key_dim + x.value_dim) * x.inputs["queries"].itemsize
+    body, tail = (
+        cut(x.body_rows, x.unit, x.keys.row_bytes + x.values.row_bytes, MAX_SPLITS * 3 // 4),
+        cut(x.tail_rows, 32, exact, MAX_SPLITS // 4),
+    )
+    return body, (max(1, tail[0]), tail[1])
 
 
 def simdgroups(x: Operands, rows: int) -> int:
@@ -139,9 +152,9 @@ def simdgroups(x: Operands, rows: int) -> int:
 
 @cache
 def _simdgroups(keys: Format, values: Format, dim: int, value_dim: int, rows: int) -> int:
-    least = 48 if rows > 4 else 24
+    least = 48 if rows > 2 else 24
     lanes = next(n for n in (8, 4, 2, 1) if n == 1 or (dim % (8 * n) == 0 and dim // n >= least))
-    channels = 16 if rows <= 4 and value_dim % 16 == 0 else 8
+    channels = 16 if rows <= 2 and value_dim % 16 == 0 else 8
     common = rows * (dim + 4 * lanes) + 128
     own = 32 * rows
     if keys.kind == AFFINE:

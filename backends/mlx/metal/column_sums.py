@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from kvmlx.backends.mlx.metal.loader import MetalKernel
+from kvmlx.backends.mlx.metal.loader import SMALL, MetalKernel, integers, nothing
 
 THREADS = 256
 BLOCK = 64
@@ -93,8 +91,8 @@ def _columns(
         "queries": queries,
         "keys": keys,
         "scale": mx.array(scale, mx.float32),
-        "sizes": mx.array(np.array([h, group, n, t, n_splits, split_keys, n_heads], np.int32)),
-        "bias": _no_bias() if bias is None else bias.astype(mx.float32),
+        "sizes": integers(h, group, n, t, n_splits, split_keys, n_heads, least=SMALL),
+        "bias": nothing(mx.float32) if bias is None else bias.astype(mx.float32),
     }
     peaks, totals = _QUERY_SUMS(
         inputs,
@@ -103,7 +101,7 @@ def _columns(
         threadgroup=(THREADS, 1, 1),
         outputs=[((b, hq, n, n_splits), mx.float32)] * 2,
     )
-    counted = mx.full((b,), n, mx.int32) if n_queries is None else mx.array(n_queries).astype(mx.int32)
+    counted = integers(*[n] * b, least=SMALL) if n_queries is None else mx.array(n_queries).astype(mx.int32)
     (out,) = _COLUMN_SUMS(
         inputs | {"n_counted": counted, "peaks": peaks, "totals": totals},
         template=[*template, ("MAXIMA", maxima)],
@@ -119,8 +117,3 @@ def splits(threadgroups: int, n_keys: int) -> tuple[int, int]:
     n = max(1, min(TARGET_THREADGROUPS // threadgroups, MAX_SPLITS, n_keys // SPLIT_KEYS))
     keys = -(-n_keys // (32 * n)) * 32
     return -(-n_keys // keys), keys
-
-
-@cache
-def _no_bias() -> mx.array:
-    return mx.zeros((8,))

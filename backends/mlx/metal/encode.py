@@ -10,7 +10,7 @@ import numpy as np
 
 from kvmlx import layout
 from kvmlx.backends.mlx.metal.formats import AFFINE, CHANNEL, CODEBOOK, EXACT, Format, format_of
-from kvmlx.backends.mlx.metal.loader import SMALL, MetalKernel
+from kvmlx.backends.mlx.metal.loader import SMALL, MetalKernel, integers, nothing
 from kvmlx.stages.encode.codecs import Affine, Channel, CodeBook, Exact
 from kvmlx.types import Codec
 
@@ -18,8 +18,8 @@ INPUTS = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
 GROUPS = (8, 16, 32, 64, 128, 256)
 SIMDGROUPS = 8
 """Of a threadgroup that encodes rows one by one."""
-MOST_SIMDGROUPS = 16
-"""Of a threadgroup that encodes a block: 512 threads may use 104 registers each."""
+MOST_SIMDGROUPS = 8
+"""Of a threadgroup that encodes a block: 256 threads can be launched whatever registers each of them takes."""
 STATISTICS = 4096
 """Floats of threadgroup memory that the statistics of a block may take: 16 of the 32 KB there are."""
 
@@ -110,7 +110,7 @@ def encode(codec: Codec, x: mx.array) -> dict[str, mx.array]:
     ]
     inputs = {"x": x, "signs": _sign_bits(dim), "book": _book(fmt.kind == CODEBOOK, fmt.bits, dim)}
     if fmt.block == 1:
-        inputs["shape"] = mx.array([rows] + [0] * (SMALL - 1), mx.int32)
+        inputs["shape"] = integers(rows, least=SMALL)
         grid = (-(-rows // (tile.rows * tile.simdgroups)), 1, 1)
     else:
         grid = (rows // fmt.block, -(-dim // tile.channels), 1)
@@ -200,6 +200,6 @@ def _sign_bits(dim: int) -> mx.array:
 def _book(is_book: bool, bits: int, dim: int) -> mx.array:
     """Return the levels of a code book and the borders between them; zeros without one."""
     if not is_book:
-        return mx.zeros((SMALL,), mx.float32)
+        return nothing(mx.float32)
     book = np.concatenate([layout.code_book(bits, dim), layout.thresholds(bits)])
     return mx.array(np.pad(book, (0, max(0, SMALL - len(book)))))

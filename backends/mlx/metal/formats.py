@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ class Format:
     rotated: bool
     planes: dict[str, str] = field(hash=False)
     """Plane of the codec for each buffer of a kernel: codes0, codes1, scales, offsets."""
+    row_bytes: float
 
     def template(self, side: str) -> list[tuple[str, Any]]:
         """Return the template arguments of side ``"K"`` or ``"V"``."""
@@ -45,19 +47,24 @@ class Format:
         return self.group if self.kind in (CHANNEL, CODEBOOK) and self.group else 1
 
 
+@cache
 def format_of(codec: Codec, dim: int) -> Format:
     """Return the format of a codec's planes for rows of ``dim`` channels."""
+    row_bytes = layout.row_bytes(codec.planes(dim))
     if isinstance(codec, Exact):
-        return Format(EXACT[codec.dtype], codec.bits, 0, False, {"codes0": "rows"})
+        return Format(EXACT[codec.dtype], codec.bits, 0, False, {"codes0": "rows"}, row_bytes)
     names = {f"codes{i}": f"codes{i}" for i in range(len(layout.plane_bits(codec.bits)))} | {"scales": "scales"}
     if isinstance(codec, Affine):
-        return Format(AFFINE, codec.bits, codec.group(dim), codec.rotation != "none", names | {"offsets": "zeros"})
-    if isinstance(codec, Channel):
-        return Format(CHANNEL, codec.bits, codec.group_size, codec.rotation != "none", names | {"offsets": "zeros"})
-    if isinstance(codec, CodeBook):
-        means = {"offsets": "means"} if codec.center else {}
-        return Format(CODEBOOK, codec.bits, codec.center, codec.rotation != "none", names | means)
-    raise TypeError(f"no kernel knows the codec {codec!r}")
+        kind, group, offsets = AFFINE, codec.group(dim), "zeros"
+    elif isinstance(codec, Channel):
+        kind, group, offsets = CHANNEL, codec.group_size, "zeros"
+    elif isinstance(codec, CodeBook):
+        kind, group, offsets = CODEBOOK, codec.center, "means"
+    else:
+        raise TypeError(f"no kernel knows the codec {codec!r}")
+    if group:
+        names["offsets"] = offsets
+    return Format(kind, codec.bits, group, codec.rotation != "none", names, row_bytes)
 
 
 def unsupported(codecs: tuple[Codec, Codec] | None, dim: int, value_dim: int) -> str | None:

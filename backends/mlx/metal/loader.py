@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from kvmlx.metal_kernels import source
 
@@ -90,3 +91,17 @@ class MetalKernel:
 def launch(kernel: MetalKernel, **arguments: Any) -> list[mx.array]:
     """Run a kernel on the GPU. The tests put their execution off-Mac in this function's place."""
     return kernel.function(**arguments)
+
+
+def integers(*numbers: int, least: int = 0) -> mx.array:
+    """Return host integers for a kernel, int32, with zeros behind them up to ``least``."""
+    return mx.array(np.array([*numbers, *[0] * (least - len(numbers))], np.int32))
+
+
+@cache
+def nothing(dtype: mx.Dtype) -> mx.array:
+    """Return what stands for an array that a kernel has no use for.
+
+    From host memory: an array that waits for its thread's stream cannot be kept for other threads.
+    """
+    return mx.array(np.zeros(SMALL, str(dtype).rpartition(".")[2]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ import numpy as np
 
 from kvmlx import layout
 from kvmlx.backends.mlx.metal.formats import EXACT, Format, format_of, levels
+from kvmlx.backends.mlx.metal.loader import SMALL, integers, nothing
 from kvmlx.store import LayerStore
 
 SIDES = ("keys", "values")
@@ -74,26 +74,26 @@ def operands(store: LayerStore, queries: mx.array, *, scale: float, mask: mx.arr
         assert store.codecs is not None
         keys, values = (format_of(codec, dim) for codec, dim in zip(store.codecs, (d, dv), strict=True))
     else:
-        keys = values = Format(EXACT[name], 32 if name == "float32" else 16, 0, False, {})
+        keys = values = Format(EXACT[name], 32 if name == "float32" else 16, 0, False, {}, 0.0)
     inputs: dict[str, mx.array] = {"queries": queries, "scale": mx.array(scale, mx.float32)}
     for side, fmt, dim in zip(SIDES, (keys, values), (d, dv), strict=True):
         for plane in PLANES:
             held = store.planes.get(f"{side}.{fmt.planes[plane]}") if has_body and plane in fmt.planes else None
-            inputs[f"{side}_{plane}"] = _nothing(PLANE_DTYPES[plane]) if held is None else held
+            inputs[f"{side}_{plane}"] = nothing(PLANE_DTYPES[plane]) if held is None else held
         inputs[f"{side}_levels"] = _constant(levels, fmt, dim)
         inputs[f"{side}_signs"] = signs_of(fmt, dim)
     biased = store.biased
-    nothing = _nothing(mx.float32)
-    inputs["body_bias"] = store.planes["column.bias"] if biased and has_body else nothing
+    unused = nothing(mx.float32)
+    inputs["body_bias"] = store.planes["column.bias"] if biased and has_body else unused
     inputs["tail_keys"], inputs["tail_values"] = store.keys, store.values
-    inputs["tail_bias"] = store.columns["bias"] if biased else nothing
-    inputs["mask"] = nothing if mask is None else mask
+    inputs["tail_bias"] = store.columns["bias"] if biased else unused
+    inputs["mask"] = unused if mask is None else mask
     first = int(store.begin.min())
     body_rows = int(store.length.max()) if has_body else 0
     inputs["shape"] = integers(h, hq // h, n, store.keys.shape[2], store.end, first, store.sinks)
     inputs["view"] = integers(body_rows, *_strides(mask), window)
     lanes = np.stack([store.start, store.length, store.begin], axis=-1)
-    inputs["lanes"] = mx.array(lanes.reshape(-1).astype(np.int32))
+    inputs["lanes"] = integers(*lanes.ravel().tolist(), least=SMALL)
     template: list[tuple[str, Any]] = [
         ("T", queries.dtype),
         ("D", d),
@@ -115,11 +115,6 @@ def _strides(mask: mx.array | None) -> list[int]:
     return [h * n * t if b > 1 else 0, n * t if h > 1 else 0, t if n > 1 else 0]
 
 
-def integers(*numbers: int) -> mx.array:
-    """Return host integers for a kernel, int32."""
-    return mx.array(np.array(numbers, np.int32))
-
-
 def signs_of(fmt: Format, dim: int) -> mx.array:
     """Return the signs of the format's rotation, ``[dim]``."""
     return _constant(_signs, fmt, dim)
@@ -138,9 +133,3 @@ def _constant(make: Any, fmt: Format, dim: int) -> mx.array:
     if key not in _CONSTANTS:
         _CONSTANTS[key] = mx.array(make(fmt, dim))
     return _CONSTANTS[key]
-
-
-@cache
-def _nothing(dtype: mx.Dtype) -> mx.array:
-    """Return what stands for an array that this kernel has no use for."""
-    return mx.zeros((8,), dtype)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import mlx.core as mx
 
 from kvmlx.backends.mlx.metal.formats import unsupported
-from kvmlx.backends.mlx.metal.loader import MetalKernel
+from kvmlx.backends.mlx.metal.loader import MetalKernel, nothing
 from kvmlx.backends.mlx.metal.operands import CONSTANTS, NAMES, operands
 from kvmlx.store import LayerStore
 from kvmlx.types import Codec
@@ -57,7 +55,7 @@ def attend_prefill(
         window: newest tokens that a token sees, itself included; 0: all.
     """
     x = operands(store, queries, scale=scale, mask=mask, window=window)
-    given = x.inputs | {"sinks": _no_sinks() if sinks is None else sinks.astype(mx.float32)}
+    given = x.inputs | {"sinks": nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)}
     blocks = -(-x.group * x.n_queries // block_rows(x.key_dim, x.value_dim))
     (out,) = _PREFILL(
         given,
@@ -77,8 +75,3 @@ def block_rows(dim: int, value_dim: int) -> int:
 def supported(codecs: tuple[Codec, Codec] | None, dim: int, value_dim: int) -> str | None:
     """Return why this kernel does not take a body of these codecs (None: a tail only), None where it does."""
     return unsupported(codecs, dim, value_dim)
-
-
-@cache
-def _no_sinks() -> mx.array:
-    return mx.zeros((8,))
