@@ -74,7 +74,8 @@ PREDICTION = """\
 **A prediction, not a measurement**: the speed-up of a decode step's attention over fp16 attention, as a roofline. Time
 is the larger of bytes over the chip's bandwidth and ALU operations over half of its FP32 FLOPS, both as Apple published
 them. The fp16 attention reads every row once at full bandwidth and computes nothing. `bound` is the ALU operations a
-value at which the chip is as busy with them as with the bytes: above it, arithmetic decides."""
+value at which the chip is as busy with them as with the bytes: above it, arithmetic decides. Every query head
+multiplies every value once, so at G = 8 and 2 bits the multiply-adds alone are above it."""
 
 
 def make_store(strategy: str, rows: int) -> LayerStore:

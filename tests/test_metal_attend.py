@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from kvmlx import attention
 from kvmlx.backends.mlx.metal import attend, loader
 from kvmlx.backends.mlx.metal.attend import attend_decode
+from kvmlx.backends.mlx.metal.formats import unsupported
 from kvmlx.backends.mlx.metal.prefill import attend_prefill
 from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.checks import Case
+from kvmlx.stages.encode.codecs import Affine, Channel
 from kvmlx.store import LayerStore
 from tests.metal.device import Device, Launch
 from tests.metal.off_mac import off_mac
@@ -218,3 +220,10 @@ def test_the_order_of_threads_changes_no_bit() -> None:
         with off_mac(Device(seed=seed)):
             found.append(to_numpy(attend_decode(p.store, p.queries, **p.arguments())))
     assert_same(found[0], found[1])
+
+
+def test_what_is_not_taken_is_said_in_words() -> None:
+    int4 = Affine(4)
+    assert unsupported((int4, int4), 128, 64) is None and unsupported(None, 80, 80) is None
+    assert "264" in str(unsupported(None, 264, 64)) and "12" in str(unsupported(None, 64, 12))
+    assert "32 rows" in str(unsupported((int4, Channel(4)), 64, 64))

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from kvmlx.backends.mlx.metal import loader
-from kvmlx.backends.mlx.metal.prefill import attend_prefill, block_rows, supported
-from kvmlx.stages.encode.codecs import Affine
+from kvmlx.backends.mlx.metal.prefill import attend_prefill, block_rows
 from tests.metal.device import Device, Launch
 from tests.metal.off_mac import off_mac
 from tests.stores import SHAPES, Problem, Shape, make, to_numpy
@@ -77,9 +76,3 @@ def test_the_order_of_threads_changes_no_bit() -> None:
 def _bits(p: Problem, seed: int) -> np.ndarray:
     with off_mac(Device(seed=seed)):
         return to_numpy(attend_prefill(p.store, p.queries, **p.arguments()))
-
-
-def test_supported() -> None:
-    int4 = Affine(4)
-    assert supported((int4, int4), 128, 64) is None and supported(None, 80, 80) is None
-    assert "264" in str(supported(None, 264, 64)) and "12" in str(supported(None, 64, 12))

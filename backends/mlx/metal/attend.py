@@ -76,7 +76,7 @@ def attend_decode(
     """Return ``[B, Hq, L, Dv]``: `kvmlx.attention.attend` for ``queries [B, Hq, L, D]``, L small, as two launches.
 
     Args:
-        store: rows to attend over, of codecs that `supported` takes.
+        store: rows to attend over, of codecs that `formats.unsupported` has nothing against.
         queries: float16, bfloat16 or float32, in the dtype of the store's exact rows.
         scale: factor of the logits.
         sinks: logits ``[Hq]`` that take attention and give no value.

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from kvmlx.backends.mlx.metal.formats import unsupported
 from kvmlx.backends.mlx.metal.loader import MetalKernel, nothing
 from kvmlx.backends.mlx.metal.operands import CONSTANTS, NAMES, operands
 from kvmlx.store import LayerStore
-from kvmlx.types import Codec
 
 THREADS = 256
 
@@ -47,7 +45,7 @@ def attend_prefill(
     Its only memory is the output: what it needs does not grow with the history.
 
     Args:
-        store: rows to attend over, of codecs that `supported` takes.
+        store: rows to attend over, of codecs that `formats.unsupported` has nothing against.
         queries: float16, bfloat16 or float32, in the dtype of the store's exact rows.
         scale: factor of the logits.
         sinks: logits ``[Hq]`` that take attention and give no value.
@@ -70,8 +68,3 @@ def attend_prefill(
 def block_rows(dim: int, value_dim: int) -> int:
     """Return the query rows of a threadgroup: heads of a KV head's group times positions."""
     return 64 if max(dim, value_dim) <= 128 else 32
-
-
-def supported(codecs: tuple[Codec, Codec] | None, dim: int, value_dim: int) -> str | None:
-    """Return why this kernel does not take a body of these codecs (None: a tail only), None where it does."""
-    return unsupported(codecs, dim, value_dim)
