@@ -63,7 +63,7 @@ def test_a_sliding_window_is_a_number_to_the_kernels(ran: Ran, monkeypatch: pyte
 
     monkeypatch.setattr(loader, "launch", noted)
     rng = np.random.default_rng(0)
-    chunks = [rng.standard_normal((3, 1, 2, n, 16)).astype(np.float32) for n in (40, 40, 1, 3)]
+    chunks = [rng.standard_normal((3, 1, 2, n, 16)).astype(np.float32) for n in (40, 70, 1, 3)]
     outs: dict[str, list[np.ndarray]] = {}
     for backend in (PLAIN, choose.METAL):
         cache = KVMLXCache(make_layer(backend, f"int8({SMALL}) | bounded", inspect=False))
@@ -76,6 +76,30 @@ def test_a_sliding_window_is_a_number_to_the_kernels(ran: Ran, monkeypatch: pyte
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6)
     assert {"attend_prefill", "attend_decode"} <= {name for name, _ in ran}
     assert {t["MASKED"] for t in templates if "MASKED" in t} == {0}
+
+
+SHORT = {
+    (1, 1): "decode",
+    (20, 8): "decode",
+    (1, 32): "decode",
+    (1, 33): "prefill",
+    (15, 9): "decode",
+    (16, 9): "prefill",
+}
+
+
+@pytest.mark.parametrize(("batch", "tokens"), list(SHORT))
+def test_a_short_turn_on_few_lanes_is_split_like_decoding(ran: Ran, batch: int, tokens: int) -> None:
+    """One block of prefill's on fewer lanes than FEW_THREADGROUPS would leave a GPU idle."""
+    cache = make_layer(choose.METAL, f"int8({SMALL}) | bounded")
+    sequences = [Sequence_(i, 80, 2, 2) for i in range(batch)]
+    feed(cache, sequences, [0] * batch, 40)
+    cache.settle(chunk_end=True)
+    ran.clear()
+    feed(cache, sequences, [40] * batch, tokens)
+    assert {name for name, _ in ran if name.startswith("attend")} - {"attend_merge"} == {
+        f"attend_{SHORT[batch, tokens]}"
+    }
 
 
 # In use
@@ -160,7 +184,7 @@ def test_mlx_lm_says_the_same_tokens(ran: Ran, monkeypatch: pytest.MonkeyPatch, 
 
 def test_batches_run_through_the_kernels(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    prompts = [np.random.default_rng(i).integers(0, 256, n).tolist() for i, n in enumerate((70, 33))]
+    prompts = [np.random.default_rng(i).integers(0, 256, n).tolist() for i, n in enumerate((110, 33))]
 
     def say() -> dict[int, list[int]]:
         generator = BatchGenerator(model, prefill_step_size=40)

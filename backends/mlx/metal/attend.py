@@ -7,13 +7,14 @@ from math import gcd
 
 import mlx.core as mx
 
+from kvmlx.backends.mlx.metal import prefill
 from kvmlx.backends.mlx.metal.formats import AFFINE, CHANNEL, CODEBOOK, Format
 from kvmlx.backends.mlx.metal.loader import MetalKernel, integers, nothing
 from kvmlx.backends.mlx.metal.operands import CONSTANTS, NAMES, Operands, operands, signs_of
 from kvmlx.store import LayerStore
 
 MAX_QUERIES = 8
-"""New tokens up to which this kernel is the one to take; longer chunks are prefill's."""
+"""New tokens up to which this kernel is always the one to take."""
 MAX_ROWS = 8
 """Query rows that share a threadgroup: their accumulators are in registers."""
 MAX_SPLITS = 128
@@ -118,6 +119,15 @@ def attend_decode(
         outputs=[((*queries.shape[:3], x.value_dim), queries.dtype)],
     )
     return out
+
+
+def takes(n_batch: int, n_kv_heads: int, group: int, n_queries: int) -> bool:
+    """Whether this kernel attends, and not prefill's: for a few tokens, and for one block of prefill's on few lanes.
+
+    Prefill does not split the history: a chat's short turn would leave most of a GPU idle.
+    """
+    one_block = group * n_queries <= prefill.block_rows(0, 0)
+    return n_queries <= MAX_QUERIES or (one_block and n_batch * n_kv_heads < FEW_THREADGROUPS)
 
 
 def splits(x: Operands, n_blocks: int) -> tuple[tuple[int, int], tuple[int, int]]:
