@@ -437,6 +437,14 @@ def rms(x: np.ndarray) -> float:
 # What is said
 
 
+def quartiles(x: list[float]) -> tuple[float, float]:
+    """Return the first and third quartile, within the range of ``x``."""
+    if len(x) < 2:
+        return x[0], x[0]
+    low, _, high = statistics.quantiles(x, n=4, method="inclusive")
+    return low, high
+
+
 def row_of(part: str, s: Sizes, c: Contender, base: Contender, copy_rate: float) -> dict[str, Any]:
     row: dict[str, Any] = {
         "part": part,
@@ -455,7 +463,7 @@ def row_of(part: str, s: Sizes, c: Contender, base: Contender, copy_rate: float)
     if not c.seconds:
         return row | dict.fromkeys(("ms", "quartiles_ms", "samples_ms", "bytes_per_s", "of_copy", "speed_up"))
     median = statistics.median(c.seconds)
-    low, _, high = statistics.quantiles(c.seconds, n=4)
+    low, high = quartiles(c.seconds)
     rate = c.read_bytes / median
     return row | {
         "ms": median * 1e3,

@@ -138,3 +138,9 @@ def test_shapes_that_cannot_be(args: list[str], capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         bench.main(["--quick", *args])
     assert "error:" in capsys.readouterr().err
+
+
+def test_quartiles_of_two_samples_lie_between_them() -> None:
+    """Not beyond them, where a time could be negative."""
+    low, high = bench.quartiles([1.0, 9.0])
+    assert (low, high) == (3.0, 7.0) and bench.quartiles([2.0]) == (2.0, 2.0)
