@@ -34,14 +34,18 @@ ORDERS = 8
 """Orders of summation of a plain float32 implementation: one can be lucky."""
 
 
+def parse(data: bytes) -> tuple[Tensors, dict[str, Any]]:
+    """Return the tensors and the metadata of a vector file."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return load(data), json.loads(header["__metadata__"]["kvmlx"])
+
+
 @cache
 def cases(file: str) -> dict[str, Case]:
     """Return the cases of one file of vectors, by name."""
-    data = (files("kvmlx.vectors") / f"{file}.safetensors").read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    params = json.loads(header["__metadata__"]["kvmlx"])["cases"]
-    out: dict[str, Case] = {name: (given, {}) for name, given in params.items()}
-    for key, x in load(data).items():
+    tensors, metadata = parse((files("kvmlx.vectors") / f"{file}.safetensors").read_bytes())
+    out: dict[str, Case] = {name: (given, {}) for name, given in metadata["cases"].items()}
+    for key, x in tensors.items():
         case, name = key.split("/")
         out[case][1][name] = x
     return out

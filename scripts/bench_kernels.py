@@ -200,7 +200,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="samples of each contender")
     parser.add_argument("--steps", type=int, help="passes over all layers in a sample")
     parser.add_argument("--cache-mib", type=int, help="layers are made until they read more than this in a pass")
-    parser.add_argument("--memory-gib", type=float, help=f"skip what needs more; {MEMORY_SHARE:.0%} of the machine's")
+    parser.add_argument("--memory-gib", type=float, help=f"skip what needs more; {MEMORY_SHARE:.0%}% of the machine's")
     parser.add_argument("--quick", action="store_true", help="small and few: whether it runs, not how fast")
     parser.add_argument("--out", metavar="FILE", help="write JSON")
     args = parser.parse_args(argv)

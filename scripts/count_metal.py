@@ -1,6 +1,6 @@
 """Count what the Metal kernels read, write and compute, executed off-Mac, and write docs/results/metal.json.
 
-    python scripts/count_metal.py [--quick]
+    python -m scripts.count_metal [--quick]
 
 Nothing here is a time: bytes and operations are counted (tests/metal/), and what an Apple GPU would make of them is a
 roofline, stated as a prediction. `--quick` counts short histories only and writes nothing.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -338,18 +339,19 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="short histories, printed only")
-    quick = parser.parse_args().quick
+    quick = parser.parse_args(arguments).quick
     results = measure(quick=quick)
     if quick:
         print(render(results), end="")
-        return
+        return 0
     path = RESULTS / "metal.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     console.print(f"wrote {path.relative_to(ROOT)}; python -m tests.test_docs puts it into docs/metal.md")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

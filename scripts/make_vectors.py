@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from kvmlx import reference as ref
+from kvmlx.checks import parse
 from kvmlx.types import Rotary
 
 FORMAT = 1
@@ -547,19 +548,12 @@ def serialize(tensors: Tensors, metadata: dict[str, Any]) -> bytes:
     return save(tensors, {"kvmlx": json.dumps(metadata, sort_keys=True)})
 
 
-def read(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Return the tensors and the metadata of a vector file."""
-    data = path.read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return load(data), json.loads(header["__metadata__"]["kvmlx"])
-
-
 def differences(primitive: str, path: Path) -> list[str]:
     """Return what is wrong with the file at ``path``, with a hint; nothing where it is up to date."""
     if not path.exists():
         return [f"{path.name} is missing: run python scripts/make_vectors.py"]
     tensors, metadata = make(primitive)
-    old, old_metadata = read(path)
+    old, old_metadata = parse(path.read_bytes())
     if old_metadata["format"] != FORMAT:
         return [f"{path.name} has format {old_metadata['format']}, this script writes {FORMAT}: write it again"]
     if old_metadata["generator"] != metadata["generator"]:

@@ -15,7 +15,7 @@ from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.selftest import decode, rotated
 from kvmlx.store import LayerStore
 from kvmlx.strategy import Strategy
-from tests.tolerance import assert_close
+from kvmlx.tolerance import assert_close
 
 Kernel = Callable[..., mx.array]
 """attend_decode or attend_prefill."""

@@ -17,6 +17,7 @@ import mlx.core as mx
 from kvmlx.backends.mlx import choose
 from kvmlx.backends.mlx.ops import MLXBackend
 from scripts import bench_kernels as bench
+from scripts import count_metal
 
 Bench = Callable[..., tuple[int, dict[str, Any]]]
 CONTENDERS = [bench.BASELINE, "mlx-lm 4 bits", "mlx-lm 8 bits", "int4", "small", bench.EVICTING]
@@ -144,3 +145,10 @@ def test_quartiles_of_two_samples_lie_between_them() -> None:
     """Not beyond them, where a time could be negative."""
     low, high = bench.quartiles([1.0, 9.0])
     assert (low, high) == (3.0, 7.0) and bench.quartiles([2.0]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("main", [bench.main, count_metal.main])
+def test_help_is_printed(main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0 and "--quick" in capsys.readouterr().out

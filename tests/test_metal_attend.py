@@ -21,11 +21,11 @@ from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.checks import Case
 from kvmlx.stages.encode.codecs import Affine, Channel
 from kvmlx.store import LayerStore
+from kvmlx.tolerance import assert_close, assert_same
 from tests.metal.device import Device, Launch
 from tests.metal.off_mac import off_mac
 from tests.stores import SHAPES, Kernel, Problem, Shape, check, make, oracle, plain, shapes, sliding, to_numpy
 from tests.test_vectors import over
-from tests.tolerance import assert_close, assert_same
 
 Runs = list[tuple[str, Launch]]
 KERNELS = {"decode": attend_decode, "prefill": attend_prefill}

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from kvmlx import reference as ref
 from kvmlx.backends.mlx.metal.column_sums import BLOCK, MAX_SPLITS, column_maxima, column_sums, splits, supported
 from kvmlx.checks import Case
+from kvmlx.tolerance import assert_close, assert_same
 from tests.metal.device import Device, Launch
 from tests.metal.off_mac import off_mac
 from tests.test_vectors import over
-from tests.tolerance import assert_close, assert_same
 
 Runs = list[tuple[str, Launch]]
 ORDERS = 4

@@ -15,9 +15,9 @@ from kvmlx.backends.mlx.metal.compact import compact
 from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.store import LayerStore
 from kvmlx.strategy import Strategy
+from kvmlx.tolerance import assert_same
 from tests.metal import device as harness
 from tests.metal.device import Device, Launch
-from tests.tolerance import assert_same
 
 
 @pytest.fixture(params=[0, 1], ids=["ascending", "shuffled"])

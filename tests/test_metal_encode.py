@@ -23,12 +23,12 @@ from kvmlx.backends.numpy import BACKEND as NUMPY
 from kvmlx.checks import Case, codec_of
 from kvmlx.stages.encode.codecs import Affine, Channel, CodeBook, Exact
 from kvmlx.strategy import Strategy
+from kvmlx.tolerance import assert_same
 from kvmlx.types import Codec
 from tests.metal import device as harness
 from tests.metal import toolchain
 from tests.metal.device import Device, Launch
 from tests.test_vectors import over
-from tests.tolerance import assert_same
 
 DIMS = (64, 80, 96, 128, 192, 256)
 ODD_DIMS = (8, 16, 24, 120, 248, 272, 512)

@@ -12,10 +12,10 @@ import pytest
 
 from kvmlx.backends.mlx.metal import loader
 from kvmlx.backends.mlx.metal.prefill import attend_prefill, block_rows
+from kvmlx.tolerance import assert_same
 from tests.metal.device import Device, Launch
 from tests.metal.off_mac import off_mac
 from tests.stores import SHAPES, Problem, Shape, make, to_numpy
-from tests.tolerance import assert_same
 
 Runs = list[tuple[str, Launch]]
 

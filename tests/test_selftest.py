@@ -18,9 +18,9 @@ from kvmlx.backends.numpy import NumPyBackend
 from kvmlx.cli import doctor
 from kvmlx.cli.app import app
 from kvmlx.selftest import FORMATS, Shape, Sums
+from kvmlx.tolerance import ERROR_FACTOR, FLOOR_ULPS, Mismatch, assert_close, assert_same
 from kvmlx.types import Backend
 from tests.test_vectors import BACKENDS
-from tests.tolerance import ERROR_FACTOR, FLOOR_ULPS, Mismatch, assert_close, assert_same
 
 # Kernels have tests of their own over all formats; here a few cases of theirs, below.
 PLAIN = [row for row in BACKENDS if row[0] != "metal"]

@@ -52,9 +52,9 @@ _SCALARS = {
 
 @dataclass
 class _Compiled:
-    """A kernel ready to run: library, arguments, and what ir.py made of it."""
+    """A kernel ready to run: its code, arguments, and what ir.py made of it."""
 
-    library: ctypes.CDLL
+    code: ctypes.CDLL
     arguments: list[msl.Argument]
     most_threads: int | None
     made: ir.Instrumented
@@ -577,18 +577,18 @@ class Device:
 
 def _prepare_library(record: LaunchRecord, compiled: _Compiled) -> ctypes.Array:
     """Tell the runtime of a library's entry, arrays and constants; its counters of blocks, at zero."""
-    made, library = compiled.made, compiled.library
-    record.entry = ctypes.cast(library["__kvm_entry"], ctypes.c_void_p).value
+    made, code = compiled.made, compiled.code
+    record.entry = ctypes.cast(code["__kvm_entry"], ctypes.c_void_p).value
     owner = bytearray(made.arena_bytes)
     for number, array in enumerate(made.arrays, 1):
         owner[array.offset : array.offset + array.size_bytes] = bytes([number]) * array.size_bytes
-    record.arena = ctypes.addressof(ctypes.c_char.in_dll(library, "__kvm_arena"))
+    record.arena = ctypes.addressof(ctypes.c_char.in_dll(code, "__kvm_arena"))
     record.arena_bytes, record.arena_owner = made.arena_bytes, bytes(owner)
     granule = 1 if compiled.fine else min((a.element_bytes for a in made.arrays), default=8)
     record.arena_granule_shift = granule.bit_length() - 1
-    record.constants = ctypes.addressof(ctypes.c_char.in_dll(library, "__kvm_constants"))
+    record.constants = ctypes.addressof(ctypes.c_char.in_dll(code, "__kvm_constants"))
     record.constant_count = len(made.constants)
-    blocks = (ctypes.c_uint64 * max(1, len(made.blocks))).in_dll(library, "__kvm_blocks")
+    blocks = (ctypes.c_uint64 * max(1, len(made.blocks))).in_dll(code, "__kvm_blocks")
     ctypes.memset(blocks, 0, ctypes.sizeof(blocks))
     return blocks
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kvmlx import reference
+from kvmlx.tolerance import assert_close, assert_same
 from tests.metal.device import Device, Launch
-from tests.tolerance import assert_close, assert_same
 
 KERNELS = "mlx/backend/metal/kernels"
 SDPA = f'#include "{KERNELS}/utils.h"\n#include "{KERNELS}/sdpa_vector.h"\n'

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from kvmlx.backends.mlx.metal import prefill
 from kvmlx.backends.mlx.metal.formats import AFFINE, CHANNEL, CODEBOOK, Format
-from kvmlx.backends.mlx.metal.loader import MetalKernel, integers, nothing
+from kvmlx.backends.mlx.metal.loader import MetalKernel, floats, integers
 from kvmlx.backends.mlx.metal.operands import CONSTANTS, NAMES, Operands, operands, signs_of
 from kvmlx.store import LayerStore
 
@@ -104,7 +104,7 @@ def attend_decode(
         {
             "partial": partial,
             "lse": lse,
-            "sinks": nothing(mx.float32) if sinks is None else sinks.astype(mx.float32),
+            "sinks": floats(sinks),
             "signs": signs_of(x.values, x.value_dim),
             "numbers": integers(queries.shape[1], queries.shape[2], body[0], tail[0], sinks is not None),
         },
@@ -121,13 +121,15 @@ def attend_decode(
     return out
 
 
-def takes(n_batch: int, n_kv_heads: int, group: int, n_queries: int) -> bool:
+def takes(store: LayerStore, queries: mx.array) -> bool:
     """Whether this kernel attends, and not prefill's: for a few tokens, and for one block of prefill's on few lanes.
 
     Prefill does not split the history: a chat's short turn would leave most of a GPU idle.
     """
-    one_block = group * n_queries <= prefill.block_rows(0, 0)
-    return n_queries <= MAX_QUERIES or (one_block and n_batch * n_kv_heads < FEW_THREADGROUPS)
+    b, h, dim, value_dim = store.shape
+    n = queries.shape[2]
+    one_block = queries.shape[1] // h * n <= prefill.block_rows(dim, value_dim)
+    return n <= MAX_QUERIES or (one_block and b * h < FEW_THREADGROUPS)
 
 
 def splits(x: Operands, n_blocks: int) -> tuple[tuple[int, int], tuple[int, int]]:

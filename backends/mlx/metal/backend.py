@@ -34,9 +34,7 @@ class MetalBackend(MLXBackend):
     ) -> Array:
         if self.why_plain_attend(store, queries, mask):
             return super().attend(store, queries, scale=scale, sinks=sinks, mask=mask, window=window)
-        b, h, _, _ = store.shape
-        few = attend.takes(b, h, queries.shape[1] // h, queries.shape[2])
-        kernel = attend.attend_decode if few else prefill.attend_prefill
+        kernel = attend.attend_decode if attend.takes(store, queries) else prefill.attend_prefill
         if mask is not None:
             mask = None if window else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         return kernel(store, queries, scale=scale, sinks=sinks, mask=mask, window=window or 0)

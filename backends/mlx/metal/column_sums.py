@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from kvmlx.backends.mlx.metal.loader import SMALL, MetalKernel, integers, nothing
+from kvmlx.backends.mlx.metal.loader import SMALL, MetalKernel, floats, integers
 
 THREADS = 256
 BLOCK = 64
@@ -92,7 +92,7 @@ def _columns(
         "keys": keys,
         "scale": mx.array(scale, mx.float32),
         "sizes": integers(h, group, n, t, n_splits, split_keys, n_heads, least=SMALL),
-        "bias": nothing(mx.float32) if bias is None else bias.astype(mx.float32),
+        "bias": floats(bias),
     }
     peaks, totals = _QUERY_SUMS(
         inputs,

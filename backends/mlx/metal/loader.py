@@ -98,6 +98,11 @@ def integers(*numbers: int, least: int = 0) -> mx.array:
     return mx.array(np.array([*numbers, *[0] * (least - len(numbers))], np.int32))
 
 
+def floats(x: mx.array | None) -> mx.array:
+    """Return ``x`` in float32, or what stands for it where there is none."""
+    return nothing(mx.float32) if x is None else x.astype(mx.float32)
+
+
 @cache
 def nothing(dtype: mx.Dtype) -> mx.array:
     """Return what stands for an array that a kernel has no use for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from kvmlx.backends.mlx.metal.loader import MetalKernel, nothing
+from kvmlx.backends.mlx.metal.loader import MetalKernel, floats
 from kvmlx.backends.mlx.metal.operands import CONSTANTS, NAMES, operands
 from kvmlx.store import LayerStore
 
@@ -53,7 +53,7 @@ def attend_prefill(
         window: newest tokens that a token sees, itself included; 0: all.
     """
     x = operands(store, queries, scale=scale, mask=mask, window=window)
-    given = x.inputs | {"sinks": nothing(mx.float32) if sinks is None else sinks.astype(mx.float32)}
+    given = x.inputs | {"sinks": floats(sinks)}
     blocks = -(-x.group * x.n_queries // block_rows(x.key_dim, x.value_dim))
     (out,) = _PREFILL(
         given,
