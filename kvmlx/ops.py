@@ -39,6 +39,7 @@ def top_rows(xp: Any, scores: Array, count: int) -> Array:
 
 
 _STABLE: dict[str, dict[str, bool]] = {"numpy": {"stable": True}}
+"""NumPy must be asked for a stable order; the other namespaces' is always."""
 
 
 def take_rows(xp: Any, x: Array, rows: Array) -> Array:

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmlx import attention
+from kvmlx.backends.formats import unsupported
 from kvmlx.backends.mlx.metal import attend, loader
 from kvmlx.backends.mlx.metal.attend import attend_decode
-from kvmlx.backends.mlx.metal.formats import unsupported
 from kvmlx.backends.mlx.metal.prefill import attend_prefill
 from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.checks import Case

@@ -14,8 +14,9 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from tiny_model import tiny_llama
 
 import kvmlx
+from kvmlx.backends import formats
 from kvmlx.backends.mlx import KVMLXCache, choose
-from kvmlx.backends.mlx.metal import encode, formats, loader, operands
+from kvmlx.backends.mlx.metal import encode, loader, operands
 from kvmlx.backends.mlx.ops import BACKEND as PLAIN
 from kvmlx.stages.encode.codecs import CodeBook
 from kvmlx.types import KVMLXError

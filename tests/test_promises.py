@@ -302,11 +302,12 @@ PARITY = [
 ]
 
 
+@pytest.mark.parametrize("name", ["mlx", "torch"])
 @pytest.mark.parametrize("text", PARITY)
-def test_backends_keep_the_same_rows_and_agree(text: str) -> None:
-    mlx_ops = pytest.importorskip("kvmlx.backends.mlx.ops", reason="mlx is not installed")
+def test_backends_keep_the_same_rows_and_agree(text: str, name: str) -> None:
+    other = pytest.importorskip(f"kvmlx.backends.{name}.ops", reason=f"{name} is not installed").BACKEND
     batch, lengths = [Sequence_(5, 140, 2, 2), Sequence_(6, 140, 2, 2)], [70, 41]
-    caches = [make_layer(backend, text) for backend in (NUMPY, mlx_ops.BACKEND)]
+    caches = [make_layer(backend, text) for backend in (NUMPY, other)]
     for cache in caches:
         prefill(cache, batch, lengths, 32)
     for step in range(24):

@@ -24,6 +24,7 @@ BACKENDS = [
     ("numpy", "numpy", "kvmlx.backends.numpy"),
     ("mlx", "mlx.core", "kvmlx.backends.mlx.ops"),
     ("metal", "mlx.core", "kvmlx.backends.mlx.metal.backend"),
+    ("torch", "torch", "kvmlx.backends.torch.ops"),
 ]
 
 

@@ -7,8 +7,8 @@ from math import gcd
 
 import mlx.core as mx
 
+from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, Format
 from kvmlx.backends.mlx.metal import prefill
-from kvmlx.backends.mlx.metal.formats import AFFINE, CHANNEL, CODEBOOK, Format
 from kvmlx.backends.mlx.metal.loader import MetalKernel, floats, integers
 from kvmlx.backends.mlx.metal.operands import CONSTANTS, NAMES, Operands, operands, signs_of
 from kvmlx.store import LayerStore

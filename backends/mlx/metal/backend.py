@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from kvmlx.backends.formats import unsupported
 from kvmlx.backends.mlx.metal import attend, column_sums, compact, encode, prefill
-from kvmlx.backends.mlx.metal.formats import unsupported
 from kvmlx.backends.mlx.ops import MLXBackend
 from kvmlx.store import LayerStore
 from kvmlx.types import Array, Codec

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from kvmlx import layout
-from kvmlx.backends.mlx.metal.formats import AFFINE, CHANNEL, CODEBOOK, EXACT, Format, format_of
+from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, EXACT, Format, format_of
 from kvmlx.backends.mlx.metal.loader import SMALL, MetalKernel, integers, nothing
 from kvmlx.stages.encode.codecs import Affine, Channel, CodeBook, Exact
 from kvmlx.types import Codec

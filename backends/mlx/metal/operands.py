@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from kvmlx import layout
-from kvmlx.backends.mlx.metal.formats import EXACT, Format, format_of, levels
+from kvmlx.backends.formats import EXACT, Format, format_of, levels
 from kvmlx.backends.mlx.metal.loader import SMALL, integers, nothing
 from kvmlx.store import LayerStore
 

@@ -166,7 +166,7 @@ class CodeBook(_Packed):
             means = {"means": mean}
         energy = layout.fold_sum(xp, x * x)
         norm = xp.sqrt(energy)
-        normal = x * (sqrt(shape[-1]) / _nonzero(xp, norm))
+        normal = x * (_constant(xp, sqrt(shape[-1])) / _nonzero(xp, norm))
         borders = backend.from_numpy(layout.thresholds(self.bits))
         codes = xp.astype(xp.searchsorted(borders, normal), xp.uint8)
         scales = norm
@@ -241,7 +241,7 @@ def _to_levels(xp: Any, x: Array, bits: int, axis: int) -> tuple[Array, Array, A
     """Return uint8 codes and the groups' float16 scales and zeros, with length 1 along ``axis``."""
     top = 2**bits - 1
     low, high = xp.min(x, axis=axis, keepdims=True), xp.max(x, axis=axis, keepdims=True)
-    scales = layout.to_float16(xp, (high - low) / top)
+    scales = layout.to_float16(xp, (high - low) / _constant(xp, top))
     zeros = layout.to_float16(xp, low)
     step = xp.astype(scales, xp.float32)
     inverse = xp.where(step > 0, 1.0 / _nonzero(xp, step), step)
@@ -261,6 +261,11 @@ def _in_blocks(xp: Any, x: Array, block: int) -> Array:
     if n % block:
         raise ValueError(f"rows are encoded in blocks of {block}, got {n} rows")
     return xp.reshape(x, (*lead, n // block, block, dim))
+
+
+def _constant(xp: Any, value: float) -> Array:
+    """Return a float32 array to divide by, or to divide: with a number, torch multiplies by a reciprocal instead."""
+    return xp.full((1,), value, dtype=xp.float32)
 
 
 def _nonzero(xp: Any, x: Array) -> Array:

@@ -13,7 +13,7 @@ from kvmlx.stages.encode.codecs import Affine, Channel, CodeBook, Exact
 from kvmlx.types import Codec
 
 FLOAT16, BFLOAT16, FLOAT32, AFFINE, CHANNEL, CODEBOOK = range(6)
-"""The kinds of codecs.metal."""
+"""The kinds of codecs, numbered as in codecs.metal."""
 MAX_DIM = 256
 """Channels of a row up to which the attention kernels' threadgroup memory and registers reach."""
 EXACT = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
