@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
 from kvmlx import reference as ref
-from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.selftest import decode, rotated
 from kvmlx.store import LayerStore
 from kvmlx.strategy import Strategy
 from kvmlx.tolerance import assert_close
+from kvmlx.types import Array
 
-Kernel = Callable[..., mx.array]
+Kernel = Callable[..., Array]
 """attend_decode or attend_prefill."""
 ORDERS = 4
 """Orders of sums in which the plain float32 attention is taken."""
@@ -59,25 +59,44 @@ class Shape:
 @dataclass
 class Problem:
     store: LayerStore
-    queries: mx.array
+    queries: Array
     scale: float
-    sinks: mx.array | None
-    mask: mx.array | None
+    sinks: Array | None
+    mask: Array | None
     window: int = 0
+
+    @property
+    def backend(self) -> Any:
+        return self.store.backend
+
+    @property
+    def dtype(self) -> str:
+        """The name of the model's dtype."""
+        return name_of(self.queries.dtype)
 
     def arguments(self) -> dict[str, Any]:
         return {"scale": self.scale, "sinks": self.sinks, "mask": self.mask, "window": self.window}
 
 
-def make(shape: Shape, seed: int = 0) -> Problem:
-    """Fill a store by appending, encoding and appending the chunk, as a cache does."""
+def name_of(dtype: Any) -> str:
+    """Return NumPy's name of a framework's dtype, or ``bfloat16``."""
+    return str(dtype).rpartition(".")[2]
+
+
+def make(shape: Shape, seed: int = 0, backend: Any = None) -> Problem:
+    """Fill a store by appending, encoding and appending the chunk, as a cache does; of MLX's arrays by default."""
+    backend = backend or import_module("kvmlx.backends.mlx.ops").BACKEND
+    xp = backend.xp
     rng = np.random.default_rng(seed)
-    dtype = getattr(mx, shape.dtype)
+    dtype = getattr(xp, shape.dtype)
     b, h, d, dv = shape.n_batch, shape.n_kv_heads, shape.dim, shape.value_dim or shape.dim
     n = shape.n_queries
 
-    def normal(*size: int) -> mx.array:
-        return mx.array(rng.standard_normal(size).astype(np.float32)).astype(dtype)
+    def rounded(x: np.ndarray, to: Any = dtype) -> Array:
+        return xp.astype(backend.from_numpy(x.astype(np.float32)), to)
+
+    def normal(*size: int) -> Array:
+        return rounded(rng.standard_normal(size))
 
     body = np.broadcast_to(np.resize(np.array(shape.body), b * h).reshape(b, h), (b, h)).astype(np.int64)
     begin = np.repeat(np.array(shape.begin or (0,) * b, np.int64)[:, None], h, axis=1)
@@ -85,15 +104,15 @@ def make(shape: Shape, seed: int = 0) -> Problem:
     codecs = None
     if body.any():
         codecs = Strategy.parse(shape.stage).codecs() if shape.stage != "exact" else (None, None)
-    store = LayerStore(BACKEND, codecs, sinks=shape.sinks if codecs else 0, columns=("bias",) if shape.biased else ())
+    store = LayerStore(backend, codecs, sinks=shape.sinks if codecs else 0, columns=("bias",) if shape.biased else ())
     keys, values = normal(b, h, before + n, d), normal(b, h, before + n, dv)
     if shape.outliers:
-        keys = keys * mx.array(np.where(np.arange(d) % 13 == 3, 6.0, 1.0).astype(np.float32)).astype(dtype)
+        keys = keys * rounded(np.where(np.arange(d) % 13 == 3, 6.0, 1.0))
     first = before if codecs else before + n
     store.append(keys[:, :, :first], values[:, :, :first])
     store.begin = begin.copy()
     if shape.biased:
-        store.columns["bias"] = mx.array(rng.standard_normal(store.columns["bias"].shape).astype(np.float32))
+        store.columns["bias"] = rounded(rng.standard_normal(store.columns["bias"].shape), xp.float32)
         store.biased = True
     if codecs:
         store.encode_oldest(body)
@@ -104,22 +123,30 @@ def make(shape: Shape, seed: int = 0) -> Problem:
         t = int(store.end - store.begin.min()) + int(store.length.max(initial=0))
         size = [k if axis in axes else 1 for axis, k in zip("BHL", (b, h * shape.group, n), strict=True)]
         if kind == "bool":
-            mask = BACKEND.from_numpy(rng.random((*size, t)) < 0.7)
+            mask = backend.from_numpy(rng.random((*size, t)) < 0.7)
         else:
             added = np.where(rng.random((*size, t)) < 0.3, -np.inf, rng.standard_normal((*size, t)))
-            mask = mx.array(added.astype(np.float32)).astype(getattr(mx, kind))
+            mask = rounded(added, getattr(xp, kind))
     sinks = normal(h * shape.group) if shape.attention_sinks else None
     queries = normal(b, h * shape.group, n, d) * 1.5
-    return Problem(store, queries.astype(dtype), d**-0.5, sinks, mask, shape.window)
+    return Problem(store, xp.astype(queries, dtype), d**-0.5, sinks, mask, shape.window)
 
 
 def poison(store: LayerStore) -> None:
     """Put NaN wherever a lane has no row: into head-room, padding, and between lanes."""
+    backend: Any = store.backend
+
+    def spoil(x: Array, inside: np.ndarray) -> Array:
+        wrong = {"uint8": 0xA5, "uint16": 0x7FFF}.get(name_of(x.dtype), float("nan"))
+        held, integer = backend.from_numpy(inside), name_of(x.dtype) == "uint16"
+        word = backend.xp.astype(x, backend.xp.int32) if integer else x  # torch has no where of uint16
+        out = backend.xp.where(held, word, backend.xp.full((1,), wrong, dtype=word.dtype))
+        return backend.xp.astype(out, x.dtype)
+
     rows = np.arange(store.keys.shape[2])
-    inside = BACKEND.from_numpy((rows >= store.begin[..., None]) & (rows < store.end))
-    store.keys = mx.where(inside[..., None], store.keys, mx.array(float("nan"), store.keys.dtype))
-    store.values = mx.where(inside[..., None], store.values, mx.array(float("nan"), store.values.dtype))
-    store.columns = {k: mx.where(inside, c, float("nan")) for k, c in store.columns.items()}
+    inside = (rows >= store.begin[..., None]) & (rows < store.end)
+    store.keys, store.values = (spoil(x, inside[..., None]) for x in (store.keys, store.values))
+    store.columns = {k: spoil(c, inside) for k, c in store.columns.items()}
     if not store.has_body:
         return
     for name, period in store._periods().items():
@@ -127,12 +154,13 @@ def poison(store: LayerStore) -> None:
         held = np.zeros(plane.shape[0], bool)
         for at, n in zip(store.start.flat, store.length.flat, strict=True):
             held[at // period : (at + n) // period] = True
-        wrong = {mx.uint8: 0xA5, mx.uint16: 0x7FFF}.get(plane.dtype, float("nan"))
-        store.planes[name] = mx.where(BACKEND.from_numpy(held)[:, None], plane, mx.array(wrong, plane.dtype))
+        store.planes[name] = spoil(plane, held[:, None])
 
 
-def to_numpy(x: mx.array) -> np.ndarray:
-    return np.array(x.astype(mx.float32))
+def to_numpy(x: Array) -> np.ndarray:
+    """Return an array of MLX's or torch's as float32."""
+    framework = type(x).__module__.partition(".")[0]
+    return import_module(f"kvmlx.backends.{framework}.ops").BACKEND.to_numpy(x).astype(np.float32)
 
 
 def body_rows(store: LayerStore, i: int, j: int, side: int, dtype: Any) -> np.ndarray:
@@ -145,7 +173,7 @@ def body_rows(store: LayerStore, i: int, j: int, side: int, dtype: Any) -> np.nd
     codec = store.codecs[side]
     planes = {}
     for spec in codec.planes(dim):
-        plane = np.array(store.planes[f"{name}.{spec.name}"])
+        plane = store.backend.to_numpy(store.planes[f"{name}.{spec.name}"])
         planes[spec.name] = plane[at // spec.rows : (at + n) // spec.rows]
     return decode(codec, planes, dim, dtype)
 
@@ -172,9 +200,9 @@ def oracle(p: Problem, dtype: Any = np.float64, order: np.random.Generator | Non
         turned = ref.rotate(q, ref.SIGN_SEED, dtype) if keys_turn else q
         s = np.concatenate([_product(turned, kb, p.scale, order), _product(q, kt, p.scale, order)], axis=-1)
         if store.biased:
-            tail_bias = np.array(store.columns["bias"])[i, j, begin : store.end]
+            tail_bias = to_numpy(store.columns["bias"])[i, j, begin : store.end]
             at = int(store.start[i, j])
-            body_bias = np.array(store.planes["column.bias"])[at : at + body, 0] if body else tail_bias[:0]
+            body_bias = to_numpy(store.planes["column.bias"])[at : at + body, 0] if body else tail_bias[:0]
             s = s + np.concatenate([body_bias, tail_bias]).astype(dtype)
         seen = np.ones((n, body + len(rows)), bool)
         seen[:, body:] = rows[None, :] <= store.end - n + np.arange(n)[:, None]
@@ -185,7 +213,8 @@ def oracle(p: Problem, dtype: Any = np.float64, order: np.random.Generator | Non
         heads = slice(j * (hq // h), (j + 1) * (hq // h))
         if mask is not None and p.mask is not None:
             part = mask[i, heads][:, :, columns]
-            s = np.where(part != 0, s, dtype(-np.inf)) if p.mask.dtype == mx.bool_ else s + part.astype(dtype)
+            is_bool = "bool" in str(p.mask.dtype)
+            s = np.where(part != 0, s, dtype(-np.inf)) if is_bool else s + part.astype(dtype)
         if p.sinks is not None:
             sink = np.broadcast_to(to_numpy(p.sinks).astype(dtype)[heads][:, None, None], (*s.shape[:2], 1))
             s = np.concatenate([s, sink], axis=-1)
@@ -207,27 +236,27 @@ def _ordered(w: np.ndarray, v: np.ndarray, order: np.random.Generator | None) ->
     return w[..., rows] @ v[rows]
 
 
-def sliding(p: Problem) -> mx.array:
+def sliding(p: Problem) -> Array:
     """Return the window as the mask ``[1, 1, L, T]`` that a model makes of it."""
     store, n = p.store, p.queries.shape[2]
     t = int(store.end - store.begin.min() + store.length.max(initial=0))
     own = np.arange(t - n, t)[:, None]
-    return BACKEND.from_numpy((np.arange(t) <= own) & (np.arange(t) > own - p.window))[None, None]
+    return p.backend.from_numpy((np.arange(t) <= own) & (np.arange(t) > own - p.window))[None, None]
 
 
 def plain(p: Problem) -> np.ndarray:
     """Return plain float32 attention rounded to the queries' dtype, its sums in several orders, stacked."""
-    rounded = [mx.array(oracle(p, np.float32, np.random.default_rng(i))).astype(p.queries.dtype) for i in range(ORDERS)]
-    return np.stack([to_numpy(x) for x in rounded])
+    in_float32 = [p.backend.from_numpy(oracle(p, np.float32, np.random.default_rng(i))) for i in range(ORDERS)]
+    return np.stack([to_numpy(p.backend.xp.astype(x, p.queries.dtype)) for x in in_float32])
 
 
-def check(kernel: Kernel, p: Problem) -> mx.array:
+def check(kernel: Kernel, p: Problem) -> Array:
     """Compare a kernel with the oracle; every row that no lane holds is NaN."""
     want, low = oracle(p), plain(p)
     poison(p.store)
     out = kernel(p.store, p.queries, **p.arguments())
     assert out.dtype == p.queries.dtype
-    assert_close(to_numpy(out), want, low, dtype=str(p.queries.dtype).rpartition(".")[2])
+    assert_close(to_numpy(out), want, low, dtype=p.dtype)
     return out
 
 
