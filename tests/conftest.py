@@ -9,6 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from tests.command_line import run, tiny_model  # noqa: F401
+
 
 def _has_cuda() -> bool:
     if find_spec("torch") is None:

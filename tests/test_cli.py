@@ -5,114 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from kvmlx import __version__
-from kvmlx.cli.app import app
 from kvmlx.cli.output import size
 from kvmlx.stages.select.snapkv import SnapKV
 from kvmlx.strategy import ALIASES, PRESETS, STAGES, Strategy
+from tests.command_line import N_LAYERS, Run, write_json
 
-N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, HIDDEN = 2, 4, 2, 32, 128
-SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
-    "{% if not loop.last or not continue_final_message %}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 KV = "snapkv(budget=0.25, window=8, recent=8) | int4"
-
-Run = Callable[..., Any]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run a command line in-process, 80 columns wide, with a kvmlx cache folder of its own."""
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("TERMINAL_WIDTH", "80")
-    monkeypatch.setenv("KVMLX_CACHE_DIR", str(tmp_path / "kvmlx-cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def invoke(*args: str, code: int = 0, text: str | None = None) -> Any:
-        result = CliRunner().invoke(app, list(args), input=text, prog_name="kvmlx")
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == code, result.output
-        return result
-
-    return invoke
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A llama of random weights with a byte-level tokenizer and a chat template, as a model folder."""
+def tiny_model(tiny_model: str) -> str:
+    """The commands of mlx-lm run it; those of torch are in test_cli_torch.py."""
     pytest.importorskip("mlx_lm", reason="needs mlx-lm")
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
-    from safetensors.numpy import save_file
-
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": SPECIAL[0],
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
-    _write(
-        folder / "config.json",
-        {
-            "model_type": "llama",
-            "hidden_size": HIDDEN,
-            "intermediate_size": 64,
-            "num_hidden_layers": N_LAYERS,
-            "num_attention_heads": N_HEADS,
-            "num_key_value_heads": N_KV_HEADS,
-            "rms_norm_eps": 1e-5,
-            "vocab_size": len(vocab),
-            "tie_word_embeddings": True,
-            "torch_dtype": "float32",
-            "eos_token_id": 0,
-        },
-    )
-    save_file(_weights(len(vocab)), folder / "model.safetensors")
-    return str(folder)
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value))
-
-
-def _weights(n_vocab: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    kv = N_KV_HEADS * HEAD_DIM
-    shapes = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (kv, HIDDEN),
-        "self_attn.v_proj": (kv, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (64, HIDDEN),
-        "mlp.up_proj": (64, HIDDEN),
-        "mlp.down_proj": (HIDDEN, 64),
-        "input_layernorm": (HIDDEN,),
-        "post_attention_layernorm": (HIDDEN,),
-    }
-    every = {f"model.layers.{i}.{name}.weight": shape for i in range(N_LAYERS) for name, shape in shapes.items()}
-    every |= {"model.embed_tokens.weight": (n_vocab, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    return {name: (rng.standard_normal(shape) * 0.1).astype(np.float32) for name, shape in every.items()}
+    return tiny_model
 
 
 # Without a model
@@ -179,7 +90,7 @@ QWEN3_8B: dict[str, Any] = {
 @pytest.fixture
 def qwen(tmp_path: Path) -> str:
     """A folder with nothing but a config.json."""
-    _write(tmp_path / "config.json", QWEN3_8B)
+    write_json(tmp_path / "config.json", QWEN3_8B)
     return str(tmp_path)
 
 
@@ -243,9 +154,9 @@ def test_an_error_is_one_line(run: Run, args: list[str], message: str) -> None:
 
 
 def test_a_missing_package_names_its_extra(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "mlx_lm.generate", raising=False)
+    monkeypatch.delitem(sys.modules, "mlx_lm.server", raising=False)
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
-    error = run("generate", "--kv", "int4", code=2).stderr
+    error = run("server", "--kv", "int4", code=2).stderr
     assert error == "kvmlx: this needs the package mlx_lm: pip install 'kvmlx[mlx]'\n"
 
 
@@ -423,7 +334,7 @@ def test_stock_modules_are_left_as_they_were(run: Run, tiny_model: str) -> None:
 
 def test_a_model_that_cannot_be_loaded(run: Run, tiny_model: str, tmp_path: Path) -> None:
     config = json.loads((Path(tiny_model) / "config.json").read_text())
-    _write(tmp_path / "config.json", config | {"model_type": "unheard_of"})
+    write_json(tmp_path / "config.json", config | {"model_type": "unheard_of"})
     error = run("generate", "--model", str(tmp_path), code=2).stderr
     assert len(error.splitlines()) == 1
     assert "cannot load" in error
@@ -457,7 +368,7 @@ def test_demo_exit_code(
 ) -> None:
     from kvmlx.cli import demo
 
-    def answer(model: Any, tokenizer: Any, needle: Any, name: str, strategy: Any) -> Any:
+    def answer(engine: Any, needle: Any, name: str, strategy: Any) -> Any:
         found = right[strategy is not None]
         return demo.Outcome(name, str(strategy), needle.answer, found, 300, 300, 1000, 0.5, 2000, 0.1, 10.0)
 

@@ -30,9 +30,18 @@ class StockCommand(TyperCommand):
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:
         super().format_help(ctx, formatter)
+        from kvmlx.cli.hf import COMMANDS, help_text
         from kvmlx.cli.stock import stock_help
 
-        print(stock_help(ctx.info_name or ""), end="")
+        command = ctx.info_name or ""
+        print(stock_help(command), end="")
+        if command in COMMANDS:
+            print(help_text(command), end="")
+
+
+class Backend(StrEnum):
+    mlx = "mlx"
+    torch = "torch"
 
 
 class DType(StrEnum):
@@ -55,6 +64,10 @@ Kv = Annotated[
     typer.Option("--kv", metavar="STRATEGY", help="How the cache is compressed, e.g. 'snapkv(budget=0.25) | int4'."),
 ]
 Dtype = Annotated[DType | None, typer.Option(help="Run the model in this type; float32 is the fast one on a CPU.")]
+On = Annotated[
+    Backend | None,
+    typer.Option("--backend", help="mlx-lm's models or transformers'; else the best that this machine has."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 Model = Annotated[
     str,
@@ -79,29 +92,26 @@ def root(
     """Compress the KV cache of language models.
 
     `generate`, `chat`, `server` and `cache_prompt` are mlx-lm's commands, with all their flags, and `--kv`.
+    With `--backend torch` the first two and the last run models of transformers.
     """
 
 
 @app.command(cls=StockCommand, context_settings=STOCK)
-def generate(ctx: typer.Context, kv: Kv = None, dtype: Dtype = None, as_json: Json = False) -> None:
+def generate(ctx: typer.Context, kv: Kv = None, backend: On = None, dtype: Dtype = None, as_json: Json = False) -> None:
     """Answer a prompt, then say in one line what the cache held.
 
     Takes every flag of `mlx_lm.generate`; `--model demo` is the demo model.
     """
-    from kvmlx.cli.stock import Stock
-
-    Stock("generate", ctx.args, kv=kv, dtype=_name(dtype), as_json=as_json).run()
+    _run("generate", ctx.args, kv, backend, dtype, as_json)
 
 
 @app.command(cls=StockCommand, context_settings=STOCK)
-def chat(ctx: typer.Context, kv: Kv = None, dtype: Dtype = None) -> None:
+def chat(ctx: typer.Context, kv: Kv = None, backend: On = None, dtype: Dtype = None) -> None:
     """Chat, and see the cache grow.
 
     Takes every flag of `mlx_lm.chat`; `--model demo` is the demo model.
     """
-    from kvmlx.cli.stock import Stock
-
-    Stock("chat", ctx.args, kv=kv, dtype=_name(dtype)).run()
+    _run("chat", ctx.args, kv, backend, dtype)
 
 
 @app.command(cls=StockCommand, context_settings=STOCK)
@@ -116,14 +126,14 @@ def server(ctx: typer.Context, kv: Kv = None, dtype: Dtype = None) -> None:
 
 
 @app.command("cache_prompt", cls=StockCommand, context_settings=STOCK)
-def cache_prompt(ctx: typer.Context, kv: Kv = None, dtype: Dtype = None, as_json: Json = False) -> None:
+def cache_prompt(
+    ctx: typer.Context, kv: Kv = None, backend: On = None, dtype: Dtype = None, as_json: Json = False
+) -> None:
     """Save the compressed cache of a prompt, for `kvmlx generate --prompt-cache-file`.
 
     Takes every flag of `mlx_lm.cache_prompt`; `--model demo` is the demo model.
     """
-    from kvmlx.cli.stock import Stock
-
-    Stock("cache_prompt", ctx.args, kv=kv, dtype=_name(dtype), as_json=as_json).run()
+    _run("cache_prompt", ctx.args, kv, backend, dtype, as_json)
 
 
 @app.command()
@@ -134,6 +144,7 @@ def demo(
         typer.Option("--kv", metavar="STRATEGY", help="A strategy to show beside the full cache; give it repeatedly."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=256, help="Length of the text in tokens.")] = 2048,
+    backend: On = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -143,7 +154,10 @@ def demo(
     """
     from kvmlx.cli.demo import run_demo
 
-    raise typer.Exit(run_demo(model, kv or [], tokens=tokens, dtype=_name(dtype), as_json=as_json))
+    code = run_demo(
+        model, kv or [], tokens=tokens, dtype=_name(dtype), backend=backend.value if backend else None, as_json=as_json
+    )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -199,6 +213,40 @@ def doctor(
     if backend is not None or quick:
         raise UsageError("--backend and --quick go with --selftest")
     show_doctor(head_dim=head_dim, as_json=as_json)
+
+
+def _run(
+    command: str, args: list[str], kv: str | None, backend: Backend | None, dtype: DType | None, as_json: bool = False
+) -> None:
+    """Run a command that both backends have."""
+    from kvmlx.cli.backends import choose
+
+    if choose(backend.value if backend else None) == "torch":
+        from kvmlx.cli import hf
+
+        hf.run(command, args, kv=kv, dtype=_name(dtype), as_json=as_json)
+    else:
+        from kvmlx.cli.stock import Stock
+
+        Stock(command, args, kv=kv, dtype=_name(dtype), as_json=as_json).run()
+
+
+cache = typer.Typer(no_args_is_help=True, help="Look into files of caches.")
+app.add_typer(cache, name="cache")
+
+
+@cache.command()
+def info(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of save_prompt_cache, kvmlx's or mlx-lm's own.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a cache file holds: strategy, model, tokens, bytes; its checksum is verified.
+
+    Loads no framework, so that it works wherever the file is.
+    """
+    from kvmlx.cli.cache import show_info
+
+    show_info(file, as_json=as_json)
 
 
 def _name(dtype: DType | None) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from kvmlx.cli.held import held_by
-from kvmlx.cli.models import load_error, resolve_model
-from kvmlx.cli.output import PrefillBar, print_json, size, stderr, stdout
+from kvmlx.cli.backends import choose
+from kvmlx.cli.engines import MLXEngine, TorchEngine, has_chat_template, load
+from kvmlx.cli.output import PrefillBar, print_json, size, stdout
 from kvmlx.strategy import Strategy
-from kvmlx.types import KVMLXError
 
 STRATEGIES = ("balanced", "snapkv(budget=0.25) | small")
 """Shown where the user names none: one keeps every token in fewer bits, one also drops three in four."""
@@ -59,26 +57,30 @@ class Outcome:
     nbytes: int
     ratio: float
     """Bytes held / bytes of the full cache in fp16."""
-    prefill_peak_nbytes: int
-    """The most that MLX held during prefill beyond the weights."""
+    prefill_peak_nbytes: int | None
+    """The most that was held during prefill beyond the weights; None where the framework does not count it."""
     first_token_s: float
     tokens_per_s: float
 
 
-def run_demo(model_name: str, texts: Sequence[str], *, tokens: int, dtype: str | None, as_json: bool) -> int:
+def run_demo(
+    model_name: str, texts: Sequence[str], *, tokens: int, dtype: str | None, backend: str | None, as_json: bool
+) -> int:
     """Run the demo, print its table, and return the exit code."""
     strategies = {text: Strategy.parse(text) for text in texts or STRATEGIES}
-    model, tokenizer, dtype = _load(model_name, dtype)
-    needle = make_needle(tokenizer, tokens)
+    engine = load(model_name, choose(backend), dtype)
+    needle = make_needle(engine.tokenizer, tokens)
     if not as_json:
-        _introduce(model_name, needle, dtype)
-    outcomes = [_ask(model, tokenizer, needle, "full", None)]
-    outcomes += [_ask(model, tokenizer, needle, name, s) for name, s in strategies.items()]
+        _introduce(model_name, needle, engine)
+    outcomes = [_ask(engine, needle, "full", None)]
+    outcomes += [_ask(engine, needle, name, s) for name, s in strategies.items()]
     if as_json:
         print_json(
             {
                 "model": model_name,
-                "dtype": dtype,
+                "backend": engine.name,
+                "device": engine.device,
+                "dtype": engine.dtype,
                 "prompt_tokens": len(needle.tokens),
                 "question": QUESTION,
                 "expected": needle.answer,
@@ -86,7 +88,7 @@ def run_demo(model_name: str, texts: Sequence[str], *, tokens: int, dtype: str |
             }
         )
     else:
-        _show(outcomes, needle, dtype)
+        _show(outcomes, needle, engine)
     full, *compressed = outcomes
     return 1 if full.right and not all(outcome.right for outcome in compressed) else 0
 
@@ -120,7 +122,7 @@ def long_text() -> str:
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of the whole prompt, up to where the model has only the number left to say."""
     user = f"{INTRODUCTION}\n\n{text}\n\n{QUESTION}"
-    if not getattr(tokenizer, "has_chat_template", False):
+    if not has_chat_template(tokenizer):
         return list(tokenizer.encode(f"{user}\n\n{PREFIX}"))
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
@@ -128,100 +130,39 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(prompt + PREFIX, add_special_tokens=False))
 
 
-def _load(name: str, dtype: str | None) -> tuple[Any, Any, str]:
-    import mlx.core as mx
-    from mlx_lm import load
-
-    path = resolve_model(name)
-    try:
-        with stderr().status("loading the model"):
-            model, tokenizer = load(path)[:2]
-    except Exception as error:
-        if (line := load_error(name, error)) is None:
-            raise
-        raise line from error
-    # A CPU has no fast half-precision product.
-    if dtype is None and mx.default_device() == mx.cpu:
-        dtype = "float32"
-    if dtype is not None:
-        model.set_dtype(getattr(mx, dtype))
-    mx.eval(model.parameters())
-    return model, tokenizer, dtype or str(_weight_dtype(model)).removeprefix("mlx.core.")
-
-
-def _weight_dtype(model: Any) -> Any:
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    weights: list[tuple[str, Any]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    return next(w.dtype for _, w in weights if mx.issubdtype(w.dtype, mx.floating))
-
-
-def _ask(model: Any, tokenizer: Any, needle: Needle, name: str, strategy: Strategy | None) -> Outcome:
+def _ask(engine: MLXEngine | TorchEngine, needle: Needle, name: str, strategy: Strategy | None) -> Outcome:
     """Answer once, from an empty cache."""
-    import mlx.core as mx
-    from mlx_lm import stream_generate
-
-    caches = _caches(model, strategy)
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    weights = mx.get_active_memory()
     bar = PrefillBar("full cache" if strategy is None else _clipped(name, 32))
-    text, peak, first, response = [], 0, 0.0, None
-    begin = time.perf_counter()
     try:
-        for response in stream_generate(
-            model,
-            tokenizer,
-            needle.tokens,
-            max_tokens=ANSWER_TOKENS,
-            prompt_cache=caches,
-            prefill_step_size=PREFILL_STEP,
-            prompt_progress_callback=bar,
-        ):
-            if not text:
-                bar.close()
-                first, peak = time.perf_counter() - begin, mx.get_peak_memory() - weights
-            text.append(response.text)
+        given = engine.answer(
+            needle.tokens, strategy, max_tokens=ANSWER_TOKENS, on_prefill=bar, prefill_step=PREFILL_STEP
+        )
     finally:
         bar.close()
-    if response is None:
-        raise KVMLXError("the model said nothing")
-    held = held_by(caches)
-    answer = "".join(text).strip()
+    answer = given.text.strip()
     return Outcome(
         name=name,
         strategy=str(strategy) if strategy else None,
         answer=answer,
         right=re.search(rf"(?<!\d){needle.answer}(?!\d)", answer) is not None,
-        tokens=held.tokens,
-        kept_tokens=held.kept_tokens,
-        nbytes=held.nbytes,
-        ratio=held.ratio,
-        prefill_peak_nbytes=peak,
-        first_token_s=first,
-        tokens_per_s=response.generation_tps,
+        tokens=given.held.tokens,
+        kept_tokens=given.held.kept_tokens,
+        nbytes=given.held.nbytes,
+        ratio=given.held.ratio,
+        prefill_peak_nbytes=given.prefill_peak_nbytes,
+        first_token_s=given.first_token_s,
+        tokens_per_s=given.tokens_per_s,
     )
 
 
-def _caches(model: Any, strategy: Strategy | None) -> list[Any]:
-    if strategy is not None:
-        import kvmlx
-
-        return kvmlx.make_prompt_cache(model, strategy)
-    from mlx_lm.models.cache import make_prompt_cache
-
-    return make_prompt_cache(model)
-
-
-def _introduce(model_name: str, needle: Needle, dtype: str) -> None:
+def _introduce(model_name: str, needle: Needle, engine: MLXEngine | TorchEngine) -> None:
     console = stdout()
-    console.print(f"[bold]model[/]     {escape(model_name)}, {dtype}")
+    console.print(f"[bold]model[/]     {escape(model_name)}, {engine.dtype}, {engine.name} on {escape(engine.device)}")
     console.print(f"[bold]text[/]      {len(needle.tokens):,} tokens, a number hidden in the middle: {needle.answer}")
     console.print(f"[bold]question[/]  {QUESTION}", soft_wrap=True)
 
 
-def _show(outcomes: Sequence[Outcome], needle: Needle, dtype: str) -> None:
+def _show(outcomes: Sequence[Outcome], needle: Needle, engine: MLXEngine | TorchEngine) -> None:
     console = stdout()
     full = outcomes[0]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -236,12 +177,12 @@ def _show(outcomes: Sequence[Outcome], needle: Needle, dtype: str) -> None:
             f"{escape(_short(outcome.answer, needle.answer))}\n{mark}",
             size(outcome.nbytes),
             f"{outcome.nbytes / full.nbytes:.2f}",
-            size(outcome.prefill_peak_nbytes),
+            "-" if outcome.prefill_peak_nbytes is None else size(outcome.prefill_peak_nbytes),
             f"{outcome.first_token_s:.1f} s",
             f"{outcome.tokens_per_s:.1f}",
         )
     console.print(table)
-    for line in _notes(outcomes, dtype):
+    for line in _notes(outcomes, engine):
         console.print(line)
 
 
@@ -257,7 +198,7 @@ def _clipped(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
-def _notes(outcomes: Sequence[Outcome], dtype: str) -> list[str]:
+def _notes(outcomes: Sequence[Outcome], engine: MLXEngine | TorchEngine) -> list[str]:
     full, *compressed = outcomes
     notes = []
     if right := [o for o in compressed if o.right]:
@@ -268,7 +209,11 @@ def _notes(outcomes: Sequence[Outcome], dtype: str) -> list[str]:
         )
     if not full.right:
         notes.append("[yellow]The model does not find the number from the full cache either: try fewer --tokens.[/]")
-    if dtype == "float32":
+    if engine.dtype == "float32":
         notes.append("[dim]Exact rows are float32 here, the fast type on a CPU: twice the bytes of fp16.[/]")
-    notes.append("[dim]Prefill peak: what MLX held beyond the weights, activations included.[/]")
+    if full.prefill_peak_nbytes is None:
+        notes.append("[dim]Prefill peak: torch counts it on a GPU only.[/]")
+    else:
+        framework = "MLX" if engine.name == "mlx" else "torch"
+        notes.append(f"[dim]Prefill peak: what {framework} held beyond the weights, activations included.[/]")
     return notes

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from kvmlx.cli.held import Held, held_by, summary
+from kvmlx.cli.held import Held, chat_status, held_by, summary
 from kvmlx.cli.models import load_error, resolve_model
-from kvmlx.cli.output import PrefillBar, UsageError, print_json, ratio, size, stderr
+from kvmlx.cli.output import PrefillBar, UsageError, print_json, stderr
 from kvmlx.types import KVMLXError
 
 if TYPE_CHECKING:
@@ -208,12 +208,8 @@ class Stock:
     def chat_status(self) -> str:
         """Return one line on the cache of a chat, and how it has grown since the last."""
         held = held_by(self.caches or [])
-        grown, self._bytes_before = held.nbytes - self._bytes_before, held.nbytes
-        sign = "-" if grown < 0 else "+"
-        return (
-            f"cache {size(held.nbytes)} ({sign}{size(abs(grown))}) · "
-            f"kept {held.kept_tokens:,.0f} of {held.tokens:,} tokens · {ratio(held.ratio)}"
-        )
+        line, self._bytes_before = chat_status(held, self._bytes_before), held.nbytes
+        return line
 
 
 def stock_help(command: str) -> str:
