@@ -29,7 +29,8 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> Paths:
     monkeypatch.setattr(doctor, "_gflops", lambda mx: 100.0)
 
     def ask(*args: str) -> dict[str, Any]:
-        result = CliRunner().invoke(app, ["doctor", "--json", *args], prog_name="kvmlx", catch_exceptions=False)
+        command = ["doctor", "--json", "--backend", "mlx", *args]
+        result = CliRunner().invoke(app, command, prog_name="kvmlx", catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)["paths"]
 
@@ -124,7 +125,7 @@ def test_plain_by_the_variable(monkeypatch: pytest.MonkeyPatch, paths: Paths) ->
 def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     without_metal(monkeypatch)
     monkeypatch.setenv(choose.VARIABLE, asked)
-    for args in (["doctor"], ["doctor", "--selftest"]):
+    for args in (["doctor", "--backend", "mlx"], ["doctor", "--selftest", "--backend", "mlx"]):
         result = CliRunner().invoke(app, args, prog_name="kvmlx")
         assert result.exit_code == 2 and result.stdout == ""
         assert result.stderr.startswith("kvmlx: KVMLX_KERNELS=") and "plain" in result.stderr
@@ -135,17 +136,16 @@ def test_it_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_gflops", lambda mx: 100.0)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
-    output = CliRunner().invoke(app, ["doctor"], prog_name="kvmlx").stdout
+    output = CliRunner().invoke(app, ["doctor", "--backend", "mlx"], prog_name="kvmlx").stdout
     assert "(1) no Metal: this is not macOS" in output
     assert all(len(line) <= 80 for line in output.splitlines())
 
 
-@pytest.mark.parametrize("args", [["--quick"], ["--backend", "numpy"]])
-def test_flags_of_the_selftest_need_it(args: list[str]) -> None:
-    result = CliRunner().invoke(app, ["doctor", *args], prog_name="kvmlx")
-    assert result.exit_code == 2 and "go with --selftest" in result.stderr
+def test_quick_needs_the_selftest() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--quick"], prog_name="kvmlx")
+    assert result.exit_code == 2 and "--quick goes with --selftest" in result.stderr
 
 
 def test_a_backend_that_is_not_known() -> None:
     result = CliRunner().invoke(app, ["doctor", "--selftest", "--backend", "cuda"], prog_name="kvmlx")
-    assert result.exit_code == 2 and "one of mlx, numpy" in result.stderr
+    assert result.exit_code == 2 and "one of mlx, torch, numpy" in result.stderr

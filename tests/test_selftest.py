@@ -256,7 +256,7 @@ def run(*args: str) -> Any:
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found_and_named(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    monkeypatch.setattr(doctor, "_backend_named", lambda name: Wrong(fault))
+    monkeypatch.setattr(doctor, "_choice", lambda name: (None, Wrong(fault), None))
     result = run("--backend", "numpy", "--json")
     assert result.exit_code == 1
     document = json.loads(result.stdout)
@@ -271,7 +271,7 @@ def test_a_fault_is_found_and_named(monkeypatch: pytest.MonkeyPatch, fault: str)
 
 @pytest.mark.usefixtures("few")
 def test_failures_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_backend_named", lambda name: Wrong("one code is flipped"))
+    monkeypatch.setattr(doctor, "_choice", lambda name: (None, Wrong("one code is flipped"), None))
     result = run("--backend", "numpy")
     assert result.exit_code == 1
     assert "failed affine, bits4-T65-D96-g32: codes0 of float32 rows: 1 of " in result.stdout
@@ -326,7 +326,7 @@ class Kernels(NumPyBackend):
 
 @pytest.mark.usefixtures("few")
 def test_calls_that_a_kernel_took_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_backend_named", lambda name: Kernels(None))
+    monkeypatch.setattr(doctor, "_choice", lambda name: (None, Kernels(None), None))
     document = json.loads(run("--json", "--backend", "numpy").stdout)
     rows = {row["primitive"]: row for row in document["checks"]}
     assert document["passed"] and document["path"] == "metal"
@@ -337,7 +337,7 @@ def test_calls_that_a_kernel_took_are_counted(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("few")
 def test_kernels_that_nothing_reached_were_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_backend_named", lambda name: Kernels("no kernel today"))
+    monkeypatch.setattr(doctor, "_choice", lambda name: (None, Kernels("no kernel today"), None))
     result = run("--json", "--backend", "numpy")
     assert result.exit_code == 1
     assert [f["problem"] for f in json.loads(result.stdout)["failures"]] == [

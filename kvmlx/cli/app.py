@@ -195,7 +195,8 @@ def doctor(
         bool, typer.Option("--selftest", help="Check what this machine computes against the reference instead.")
     ] = False,
     backend: Annotated[
-        str | None, typer.Option(metavar="mlx|numpy", help="What --selftest checks; mlx where it is installed.")
+        str | None,
+        typer.Option(metavar="mlx|torch|numpy", help="Whose paths, or what --selftest checks; else the best here."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A --selftest with fewer stores.")] = False,
     as_json: Json = False,
@@ -210,9 +211,9 @@ def doctor(
 
     if selftest:
         raise typer.Exit(show_selftest(backend, quick=quick, as_json=as_json))
-    if backend is not None or quick:
-        raise UsageError("--backend and --quick go with --selftest")
-    show_doctor(head_dim=head_dim, as_json=as_json)
+    if quick:
+        raise UsageError("--quick goes with --selftest")
+    show_doctor(head_dim=head_dim, backend=backend, as_json=as_json)
 
 
 def _run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from typing import overload
 
 from kvmlx.types import KVMLXError
 
@@ -17,8 +18,14 @@ def missing(backend: str) -> str | None:
     return next((package for package in PACKAGES[backend] if find_spec(package) is None), None)
 
 
-def choose(asked: str | None = None) -> str:
+@overload
+def choose(asked: str | None = None) -> str: ...
+@overload
+def choose(asked: str | None = None, *, or_none: bool) -> str | None: ...
+def choose(asked: str | None = None, *, or_none: bool = False) -> str | None:
     """Return the backend that was asked for, or the best: a GPU's before a CPU's, and then MLX's.
+
+    ``or_none``: return None where nothing was asked for and nothing is installed.
 
     Raises:
         KVMLXError: what was asked for is unknown or not installed, or nothing is.
@@ -30,6 +37,8 @@ def choose(asked: str | None = None) -> str:
             raise KVMLXError(f"--backend {asked} needs the package {package}: pip install 'kvmlx[{asked}]'")
         return asked
     here = [backend for backend in BACKENDS if not missing(backend)]
+    if not here and or_none:
+        return None
     if not here:
         raise KVMLXError("no backend is installed: pip install 'kvmlx[mlx]' (Apple Silicon) or 'kvmlx[torch]' (NVIDIA)")
     if "torch" in here and sys.platform != "darwin" and _has_cuda():

@@ -20,20 +20,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from kvmlx import __version__, selftest
+from kvmlx.cli.backends import choose as best
 from kvmlx.cli.output import UsageError, print_json, size, stderr, stdout
 from kvmlx.session import LayerCache, Session
 from kvmlx.strategy import PRESETS, Strategy
 from kvmlx.types import Array, Codec, LayerInfo, ModelInfo, StrategyError
 
+OF_BACKEND = {"mlx": ("mlx", "numpy"), "torch": ("torch", "triton", "numpy"), "numpy": ("numpy",)}
 PACKAGES = ("numpy", "mlx", "mlx-lm", "torch", "triton", "transformers")
 OPENBLAS = "/usr/lib/*-linux-gnu/openblas-pthread/libopenblas.so.0"
 SLOW_GFLOPS = 30.0
 """MLX's Linux wheel links a reference BLAS of about 6 GFLOP/s; with OpenBLAS two cores give over 150."""
 
 
-def show_doctor(*, head_dim: int, as_json: bool) -> None:
-    """Print the findings."""
-    findings = examine(head_dim)
+def show_doctor(*, head_dim: int, backend: str | None = None, as_json: bool) -> None:
+    """Print the findings; the paths are those of ``backend``, or of the best that this machine has."""
+    findings = examine(head_dim, backend)
     if as_json:
         print_json(findings)
         return
@@ -50,23 +52,30 @@ def show_doctor(*, head_dim: int, as_json: bool) -> None:
         console.print(f"[yellow]hint[/] {escape(hint)}", soft_wrap=True)
 
 
-def examine(head_dim: int = 128) -> dict[str, Any]:
+def examine(head_dim: int = 128, backend: str | None = None) -> dict[str, Any]:
     """Return what there is, as plain data."""
     hints: list[str] = []
-    mlx = _mlx(hints)
+    name = _backend_of(backend)
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "packages": {"kvmlx": __version__, **{name: _version(name) for name in PACKAGES}},
         "backends": {
             "numpy": {"available": True, "device": "cpu", "kernels": "plain"},
-            "mlx": mlx,
+            "mlx": _mlx(hints),
             "torch": _torch(),
         },
-        "paths": paths(head_dim) if mlx["available"] else None,
+        "paths": None if name is None else paths(head_dim, name),
         "demo_model": _demo_model(),
         "hints": hints,
     }
+
+
+def _backend_of(asked: str | None) -> str | None:
+    """Return what was asked for, or the best backend here; None where there is none but NumPy."""
+    if asked is not None and asked not in OF_BACKEND:
+        raise UsageError(f"--backend {asked} is unknown: one of {', '.join(OF_BACKEND)}")
+    return asked if asked == "numpy" else best(asked, or_none=True)
 
 
 def _version(package: str) -> str | None:
@@ -106,14 +115,6 @@ def _mlx(hints: list[str]) -> dict[str, Any]:
     return found
 
 
-def _kernels(module: str) -> str:
-    """Return which path the backend's primitives take; backends that have kernels name them."""
-    try:
-        return getattr(importlib.import_module(module), "KERNELS", "plain")
-    except ImportError as error:
-        return f"not importable: {error}"
-
-
 def _gflops(mx: Any, n: int = 768) -> float:
     """Time a float32 matrix product."""
     x = mx.random.normal((n, n))
@@ -139,14 +140,20 @@ def _torch() -> dict[str, Any]:
         torch = importlib.import_module("torch")
     except ImportError as error:
         return {"available": False, "why": _why(error, "torch")}
-    cuda = torch.cuda.is_available()
-    return {
+    if _version("transformers") is None:
+        return {"available": False, "why": "transformers is not installed: pip install 'kvmlx[torch]'"}
+    from kvmlx.backends.torch import choose
+
+    chosen, cuda = choose.backend(), torch.cuda.is_available()
+    found = {
         "available": True,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cuda": cuda,
-        "triton": _version("triton") is not None,
-        "kernels": _kernels("kvmlx.backends.torch"),
+        "kernels": chosen.path,
     }
+    if why := choose.why_no_triton(chosen.device):
+        found["why_no_triton"] = why
+    return found
 
 
 def _why(error: ImportError, package: str) -> str:
@@ -188,16 +195,19 @@ def _backend(backend: dict[str, Any]) -> str:
         parts.insert(1, f"no Metal ({why})" if why else "Metal")
         parts.append(f"{backend['float32_gflops']} GFLOP/s in float32")
     if "cuda" in backend:
+        why = backend.get("why_no_triton")
         parts.insert(1, "CUDA" if backend["cuda"] else "no CUDA")
-        parts.append("Triton" if backend["triton"] else "no Triton")
+        parts.insert(2, f"no Triton ({why})" if why else "Triton")
     return f"[green]yes[/] {escape(', '.join(parts))}"
 
 
 # Which path each format takes
 
-KERNEL, FRAMEWORK, PLAIN = "Metal kernel", "MLX's own attention", "plain operations"
-SHORT: dict[str, str] = {KERNEL: "[green]kernel[/]", FRAMEWORK: "MLX", PLAIN: "plain"}
+KERNEL, FRAMEWORK, PLAIN = "kernel", "the framework's attention", "plain operations"
+SHORT: dict[str, str] = {KERNEL: "[green]kernel[/]", FRAMEWORK: "own", PLAIN: "plain"}
 """As the table says it; the legend has the words."""
+KERNELS = {"metal": "Metal kernels", "triton": "Triton kernels", "plain": PLAIN}
+FRAMEWORKS = {"mlx": "MLX", "torch": "torch", "numpy": "NumPy"}
 PROMPT_TOKENS, DECODE_TOKENS, PREFILL_TOKENS = 512, (1, 8), 64
 FORMATS: dict[str, str] = {
     **PRESETS,
@@ -262,28 +272,52 @@ class _Probe:
         return self._plain.column_sums(queries, keys, **options)
 
 
-def paths(head_dim: int) -> dict[str, Any]:
+def paths(head_dim: int, backend: str) -> dict[str, Any]:
     """Return which path each format takes, as plain data.
 
     A small cache of each format is filled, and the backend is asked about the very arrays that it would be given.
     """
-    from kvmlx.backends.mlx import choose
-
-    chosen = choose.backend()
-    why = None
-    if chosen.path == "plain":
-        asked = os.environ.get(choose.VARIABLE) == "plain"
-        why = f"{choose.VARIABLE}=plain" if asked else f"no Metal: {choose.why_no_metal()}"
+    plain, chosen, why = _choice(backend)
     rows = []
     for name, text in FORMATS.items():
         try:
-            found = _paths_of(text, head_dim, _Probe(choose.BACKEND, chosen, why))
+            found = _paths_of(text, head_dim, _Probe(plain, chosen, why))
         except StrategyError as error:
             rows.append({"name": name, "strategy": text, "refused": str(error)})
             continue
         cells = {column: None if path is None else asdict(path) for column, path in found.items()}
         rows.append({"name": name, "strategy": text, **cells})
-    return {"head_dim": head_dim, "dtype": "float16", "kernels": chosen.path, "why_plain": why, "formats": rows}
+    return {
+        "backend": backend,
+        "head_dim": head_dim,
+        "dtype": "float16",
+        "kernels": chosen.path,
+        "why_plain": why,
+        "formats": rows,
+    }
+
+
+def _choice(backend: str) -> tuple[Any, Any, str | None]:
+    """Return a backend's plain operations, what its caches take, and why these are the same if they are."""
+    if backend == "numpy":
+        from kvmlx.backends.numpy import BACKEND
+
+        return BACKEND, BACKEND, "numpy has no kernels"
+    if backend == "mlx":
+        from kvmlx.backends.mlx import choose
+
+        chosen, plain = choose.backend(), choose.BACKEND
+        none = f"no Metal: {choose.why_no_metal()}"
+    else:
+        from kvmlx.backends.torch import choose
+
+        chosen = choose.backend()
+        plain = choose.on(str(chosen.device))
+        none = f"no Triton: {choose.why_no_triton(chosen.device)}"
+    why = None
+    if chosen.path == "plain":
+        why = f"{choose.VARIABLE}=plain" if os.environ.get(choose.VARIABLE) == "plain" else none
+    return plain, chosen, why
 
 
 def _paths_of(text: str, dim: int, probe: _Probe) -> dict[str, Path | None]:
@@ -334,11 +368,16 @@ def _show_paths(found: dict[str, Any]) -> None:
             table.add_row(escape(row["name"]), f"refused{_mark(row['refused'], reasons)}", "", "", "")
         else:
             table.add_row(escape(row["name"]), *(_cell(row[column], reasons) for column in columns))
-    console.print(f"\n[bold]paths[/] at head dim {found['head_dim']}, {found['dtype']} rows")
+    console.print(f"\n[bold]paths[/] of {found['backend']} at head dim {found['head_dim']}, {found['dtype']} rows")
     console.print(table)
     for why, number in reasons.items():
         console.print(f" ({number}) {escape(why)}", soft_wrap=True)
-    words = "; ".join(f"{short}: {word}" for word, short in SHORT.items())
+    legend = {
+        SHORT[KERNEL]: KERNELS[found["kernels"]] if found["kernels"] != "plain" else "one of kvmlx's",
+        SHORT[FRAMEWORK]: f"{FRAMEWORKS[found['backend']]}'s attention",
+        SHORT[PLAIN]: PLAIN,
+    }
+    words = "; ".join(f"{short}: {word}" for short, word in legend.items())
     console.print(
         f"[dim] {words}.\n decode: {DECODE_TOKENS[0]} to {DECODE_TOKENS[1]} new tokens. prefill: more, over rows that "
         "are held already.\n selection: the attention that keys receive.[/]\n"
@@ -358,13 +397,11 @@ def _mark(why: str | None, reasons: dict[str, int]) -> str:
 
 # Is it right
 
-BACKENDS = {"mlx": "kvmlx.backends.mlx.choose", "numpy": "kvmlx.backends.numpy"}
-
 
 def show_selftest(backend_name: str | None, *, quick: bool, as_json: bool) -> int:
     """Run the selftest and print it; return the exit code: 1 where a case failed."""
-    name = backend_name or ("mlx" if _version("mlx") and _version("mlx-lm") else "numpy")
-    backend = _backend_named(name)
+    name = _backend_of(backend_name) or "numpy"
+    backend = _choice(name)[1]
     what = selftest.checks_for(backend, quick=quick)
     outcomes = []
     with Progress(
@@ -385,13 +422,6 @@ def show_selftest(backend_name: str | None, *, quick: bool, as_json: bool) -> in
     else:
         _show_summary(found)
     return 0 if found["passed"] else 1
-
-
-def _backend_named(name: str) -> Any:
-    if name not in BACKENDS:
-        raise UsageError(f"--backend {name} is unknown: one of {', '.join(BACKENDS)}")
-    module = importlib.import_module(BACKENDS[name])
-    return module.backend() if name == "mlx" else module.BACKEND
 
 
 def _summary(name: str, backend: Any, outcomes: list[selftest.Outcome], quick: bool) -> dict[str, Any]:
@@ -425,7 +455,7 @@ def _summary(name: str, backend: Any, outcomes: list[selftest.Outcome], quick: b
         "path": backend.path,
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "device": _device(name),
-        "packages": {"kvmlx": __version__, **{package: _version(package) for package in ("mlx", "numpy")}},
+        "packages": {"kvmlx": __version__, **{package: _version(package) for package in OF_BACKEND[name]}},
         "quick": quick,
         "not_run": [f"{dtype}: {name} has none" for dtype in selftest.missing_dtypes(backend)],
         "checks": [{"primitive": primitive, **row} for primitive, row in rows.items()],
@@ -435,8 +465,10 @@ def _summary(name: str, backend: Any, outcomes: list[selftest.Outcome], quick: b
 
 
 def _device(backend: str) -> str:
-    if backend != "mlx":
+    if backend == "numpy":
         return "cpu"
+    if backend == "torch":
+        return _torch()["device"]
     import mlx.core as mx
 
     device = mx.default_device()
@@ -445,7 +477,7 @@ def _device(backend: str) -> str:
 
 def _show_summary(found: dict[str, Any]) -> None:
     console = stdout()
-    path = KERNEL + "s" if found["path"] == "metal" else PLAIN
+    path = KERNELS[found["path"]]
     packages = ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v)
     console.print(f"[bold]selftest[/] of {found['backend']} on {escape(found['device'])}: {path}")
     console.print(f"[dim]{escape(found['system'])}; {packages}[/]")
