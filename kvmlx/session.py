@@ -157,10 +157,11 @@ class LayerCache:
             raise ValueError(f"the cache holds {self.batch} sequences, got keys of {keys.shape[0]}")
         n = keys.shape[2]
         self.store.append(keys, values)
-        real = np.full(self.batch, n) if self.remaining is None else np.clip(self.remaining, 0, n)
+        real: Any = n
         if self.remaining is not None:
+            real = np.clip(self.remaining, 0, n)
             self.remaining = self.remaining - real
-        self.padding = n - real
+        self.padding = np.zeros(self.batch, np.int64) + (n - real)
         if self.session.inspect:
             positions = (self.offsets[:, None] + np.arange(n)).astype(np.float32)
             rows = np.broadcast_to(positions[:, None], (self.batch, keys.shape[1], n))
@@ -351,6 +352,9 @@ class LayerCache:
     def _encode(self, act: np.ndarray) -> None:
         """Encode rows older than `recent`: all of them where something acted, else once enough gathered."""
         store = self.store
+        loose = store.end - int(store.begin.min()) - self.strategy.sinks - self.strategy.recent
+        if loose < FLUSH_ROWS and not act.any():
+            return  # most steps of decoding
         held = store.tail_lengths
         spare = held - np.minimum(self.strategy.sinks, held) - self.strategy.recent
         unit = store.unit

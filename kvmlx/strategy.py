@@ -130,11 +130,15 @@ class Strategy:
 
     def codecs(self) -> tuple[Codec | None, Codec | None]:
         """Return the codecs of keys and values; None for a side that stays exact."""
+        return self._codecs
+
+    @cached_property
+    def _codecs(self) -> tuple[Codec | None, Codec | None]:
         keys = next((c for e in self.encoders if (c := e.key_codec()) is not None), None)
         values = next((c for e in self.encoders if (c := e.value_codec()) is not None), None)
         return keys, values
 
-    @property
+    @cached_property
     def encodes(self) -> bool:
         return any(c is not None for c in self.codecs())
 
@@ -171,12 +175,12 @@ class Strategy:
     def needs(self) -> frozenset[Need]:
         return frozenset().union(*(s.needs for s in self.stages))
 
-    @property
+    @cached_property
     def ragged(self) -> bool:
         """Whether heads may keep different numbers of rows."""
         return isinstance(self.allocate, AdaKV) and self.select is not None
 
-    @property
+    @cached_property
     def identity(self) -> bool:
         """Whether the strategy can change nothing: every row kept, every row exact."""
         full = self.select is None or (isinstance(self.select.budget, float) and self.select.budget == 1.0)
