@@ -1,4 +1,4 @@
-"""mlx-lm's architectures: a few from scripts/compatibility.py, its page, refusals, rotary embeddings."""
+"""mlx-lm's architectures: a few from scripts/compatibility.py, its results, refusals, rotary embeddings."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from kvmlx.backends.mlx.models import REFUSED, rotary_of  # noqa: E402
 from kvmlx.backends.mlx.ops import BACKEND  # noqa: E402
 from kvmlx.types import UnsupportedModelError  # noqa: E402
 from scripts import compatibility as script  # noqa: E402
+from scripts.compatibility_checks import INT8, TOKENS, batch_change, digest, examine, prompt  # noqa: E402
+from scripts.compatibility_mlx import SIDE  # noqa: E402
 
 ARCHITECTURES = {
     "llama": ("works", {}),
@@ -42,33 +44,33 @@ rows, a `make_cache` of its own, latent attention, attention by hand, nothing to
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name: str) -> None:
-    result = script.examine(name)
+    result = examine(SIDE, name)
     assert not result.failures
     assert (result.verdict, result.left_alone) == ARCHITECTURES[name]
     assert bool(result.reason) == (result.verdict == "refused")
 
 
-def test_page_is_made_with_this_table() -> None:
-    text = script.PAGE.read_text(encoding="utf-8")
-    assert f"<!-- table {script.digest()} -->" in text, "run scripts/compatibility.py"
-    listed = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")}
-    assert {*script.ARCHITECTURES, *script.NOT_BUILT} <= listed
-    assert "| failed |" not in text
+def test_results_are_of_this_table() -> None:
+    known = script.read("mlx")
+    assert known["table"] == digest(SIDE), "run python -m scripts.compatibility --side mlx"
+    assert [r.name for r in known["results"]] == list(SIDE.architectures)
+    assert known["not_run"] == SIDE.not_run
+    assert not [r.name for r in known["results"] if r.verdict == "failed"]
 
 
 def test_table_names_every_architecture_of_mlx_lm() -> None:
     folder = Path(stock.__file__).parent
     models = {p.stem for p in folder.glob("*.py") if "class Model(" in p.read_text(encoding="utf-8")}
     alias = {p.stem for p in folder.glob("*.py") if "import Model\n" in p.read_text(encoding="utf-8")}
-    known = {*script.ARCHITECTURES, *script.NOT_BUILT}
-    assert len(script.ARCHITECTURES) >= 40
+    known = {*SIDE.architectures, *SIDE.not_run}
+    assert len(SIDE.architectures) >= 40
     assert models - alias <= known
     assert set(REFUSED) <= known
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gemma2", "plamo", "plamo2"])
 def test_an_unknown_model_that_computes_with_its_cache_fails_loudly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = script.build(name)
+    model = SIDE.build(name)
     with pytest.raises(UnsupportedModelError, match=f"{name} cannot be served with 'int8': .*'full' works"):
         make_prompt_cache(model, "int8")
     monkeypatch.delitem(REFUSED, name)
@@ -78,15 +80,15 @@ def test_an_unknown_model_that_computes_with_its_cache_fails_loudly(name: str, m
 
 
 def test_strategy_that_needs_a_rotary_embedding_is_refused_before_it_runs() -> None:
-    model = script.build("smollm3")
+    model = SIDE.build("smollm3")
     with pytest.raises(UnsupportedModelError, match=r"smollm3 .*'expected_attention.*layers 1, 3 .*snapkv"):
         make_prompt_cache(model, "expected_attention(budget=0.5)")
 
 
 def test_rows_that_layers_share_are_observed_once() -> None:
-    model = script.build("afm7")
+    model = SIDE.build("afm7")
     cache = make_prompt_cache(model, "h2o(budget=100, sinks=2, recent=8)")
-    tokens = script.prompt(40, 1)
+    tokens = prompt(40, 1)
     model(mx.array([tokens]), cache=cache)
     for layer in layers_of(cache):
         store = layer.store
@@ -95,22 +97,21 @@ def test_rows_that_layers_share_are_observed_once() -> None:
 
 
 def test_shared_rows_refuse_a_batch_of_unequal_lengths() -> None:
-    model = script.build("afm7")
-    wrap_model(model, "int8")
+    model = SIDE.build("afm7")
     with pytest.raises(UnsupportedModelError, match="batch of unequal lengths"):
-        script.batch_change(model, (40, 30))
+        batch_change(SIDE, model, (40, 30), "int8")
 
 
 @pytest.mark.parametrize("name", ["qwen3", "falcon_h1"])
 def test_wrapped_model_makes_fresh_caches(name: str) -> None:
-    model = script.build(name)
+    model = SIDE.build(name)
     own = [type(c) for c in stock.make_prompt_cache(model)]
-    wrap_model(model, script.INT8)
+    wrap_model(model, INT8)
     first, second = stock.make_prompt_cache(model), stock.make_prompt_cache(model)
-    tokens = script.prompt(70, 1)
-    a, b = (script.decode(model, cache, tokens) for cache in (first, second))
+    tokens = prompt(70, 1)
+    a, b = (SIDE.decode(model, cache, tokens) for cache in (first, second))
     assert np.array_equal(a, b)
-    assert report(first).tokens == 70 + script.TOKENS - 1
+    assert report(first).tokens == 70 + TOKENS - 1
     unwrap_model(model)
     assert [type(c) for c in stock.make_prompt_cache(model)] == own
 
@@ -179,6 +180,6 @@ def test_no_rotary_is_none() -> None:
 
 
 def test_rotary_of_a_model() -> None:
-    config = script.COMMON | {"model_type": "llama", "num_hidden_layers": 1}
+    config = SIDE.common | {"model_type": "llama", "num_hidden_layers": 1}
     attention = Attention(ModelArgs.from_dict(config))
     check_rotary(attention, 16, lambda x, p: attention.rope(x, offset=p))

@@ -25,7 +25,7 @@ README, METHODS, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "methods.md"
 METAL = ROOT / "docs" / "metal.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results"
-IN_COMMON = {"backends.base", "backends.files", "backends.formats"}
+IN_COMMON = {"backends.base", "backends.files", "backends.formats", "backends.rotary"}
 """Rooms of backends that stand beside them: no framework is imported there."""
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "triton", "transformers", "array_api_compat"}
 
@@ -81,6 +81,20 @@ _NAME = r"[a-z_][a-z_0-9]*"
 _STAGE = rf"{_NAME}(?:\([^()`]*\))?"
 _STRATEGY = re.compile(rf"{_STAGE}(?: \| {_STAGE})*")
 _QUOTED = re.compile(r"""(?:--kv|make_prompt_cache\(\w+,|kvmlx explain) (?:"([^"<]+)"|(?!["S])(\S+))""")
+
+
+def test_readme_example_for_transformers_runs(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    (tmp_path / "book.txt").write_text("Once upon a time. " * 40)
+    monkeypatch.chdir(tmp_path)
+    example = re.findall(r"```python\n(.*?)```", read(README), re.DOTALL)[1]
+    # On a CPU, and a model that is at hand.
+    exec(re.sub(r'"meta-llama/[^"]*"', repr(tiny_model), example).replace('"cuda"', '"cpu"'), {})
+    out = capsys.readouterr().out
+    assert "tokens kept" in out and "of the full 16-bit cache" in out
 
 
 def strategies_in(text: str) -> Iterator[str]:
@@ -243,7 +257,7 @@ def render_measured() -> str:
         "memory": lambda name: name in MEMORY_ROWS,
         "quality": lambda name: name not in PRESETS,
     }
-    parts = {part: found for part in rendered() if (found := result(part)) is not None}
+    parts = {part: found for part in rendered() if part != "needles" and (found := result(part)) is not None}
     if not parts:
         return ""
     machines = list(dict.fromkeys(machine(found) for found in parts.values()))

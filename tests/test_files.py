@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from mlx_lm.models import cache as stock  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 
 from kvmlx.backends.mlx import KVMLXCache, install  # noqa: E402
+from tests import damage  # noqa: E402
+from tests.bits import DATA, OLD_DIGEST, digest  # noqa: E402
 
 STRATEGIES = {
     "full": "full",
@@ -226,6 +228,39 @@ def test_the_file_is_plain_safetensors(model: Any, tmp_path: Path) -> None:
     arrays, header = mx.load(str(path), return_metadata=True)
     assert header["format"] == "kvmlx" and header["strategy"] == str(kvmlx.Strategy.parse(STRATEGIES["int4"]))
     assert bool(mx.array_equal(arrays["1.tail.keys"], caches[1].layer.store.keys))
+
+
+@pytest.mark.parametrize("name", ["format1-mlx", "format1-mlx-lm"])
+def test_files_of_before_still_load(name: str) -> None:
+    """tests/data holds files of format 1: of kvmlx 0.1.0's saver, and of mlx-lm's own with the same caches."""
+    model = tiny_model(
+        3,
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=31,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=12,
+    )
+    path = DATA / f"{name}.safetensors"
+    caches, metadata = kvmlx.load_prompt_cache(path, model=model, return_metadata=True)
+    assert metadata == {"model": "tiny"}
+    assert [type(c).__name__ for c in caches] == ["KVMLXCache", "RotatingKVCache", "KVMLXCache"]
+    layers = [c.layer for c in (caches[0], caches[2])]
+    report = kvmlx.report(caches)
+    assert (report.tokens, report.kept_tokens, report.nbytes) == (40, 20.0, 7040)
+    assert report.strategy == "snapkv(budget=0.5, sinks=1, recent=6, window=4) | int(k=3, sinks=1, recent=4)"
+    for layer in layers:
+        assert layer.store.length.tolist() == [[13]] and layer.store.planes["values.rows"].dtype == mx.uint16
+    ring = caches[1]
+    assert list(ring.state[2:]) == [40, 0, 12, 1]
+    arrays = {f"{layer.layer}.{key}": array for layer in layers for key, array in layer.arrays().items()}
+    assert digest(arrays | {"ring.keys": ring.keys, "ring.values": ring.values}) == OLD_DIGEST
+    for token in range(20):
+        out = model(mx.array([[token]]), cache=caches)
+    assert bool(mx.isfinite(out).all())
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
@@ -461,32 +496,6 @@ def test_spliced_files_are_refused(tmp_path: Path, data: st.DataObject) -> None:
 
 # -- contents that do not fit together, though the checksum is right -----------------------------------------
 
-VALUES = (-1, 0, 1, 7, 2**31, 2**62, 2**70, 1.5, 1e300, "x", None, [], {}, [1], [[0, 0]], [[5000, 5000]])
-
-
-def places(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the paths of a JSON tree, of its lists the first two parts."""
-    yield at
-    children = tree.items() if isinstance(tree, dict) else enumerate(tree[:2]) if isinstance(tree, list) else ()
-    for key, child in children:
-        yield from places(child, (*at, key))
-
-
-def replaced(tree: Any, at: tuple[Any, ...], value: Any) -> Any:
-    if not at:
-        return value
-    tree = copy.deepcopy(tree)
-    part = tree
-    for key in at[:-1]:
-        part = part[key]
-    part[at[-1]] = value
-    return tree
-
-
-def header_of(contents: files.Contents) -> dict[str, str]:
-    own = ("sha256", "format", "format_version", "kvmlx_version")
-    return {key: value for key, value in contents.header.items() if key not in own}
-
 
 def refused_or_sound(path: Path, model: Any) -> bool:
     """Load the file: it is refused, or what it gives can be used without harm. Return whether it loaded."""
@@ -516,15 +525,10 @@ def test_numbers_that_do_not_fit_are_refused(name: str, one_layer: Any, tmp_path
     path = tmp_path / "c"
     kvmlx.save_prompt_cache(path, compressed(one_layer, STRATEGIES[name]))
     contents = files.read(path)
-    rng = np.random.default_rng(0)
     outcomes = []
-    for field in ("caches", "model"):
-        tree = json.loads(contents.header[field])
-        for at in places(tree):
-            for value in rng.choice(np.array(VALUES, object), 4, replace=False):
-                text = json.dumps(replaced(tree, at, value))
-                files.write(path, contents.arrays, header_of(contents) | {field: text})
-                outcomes.append(refused_or_sound(path, one_layer))
+    for header in damage.numbers(contents):
+        files.write(path, contents.arrays, header)
+        outcomes.append(refused_or_sound(path, one_layer))
     assert outcomes.count(False) > len(outcomes) // 2
 
 
@@ -533,56 +537,17 @@ def test_arrays_that_do_not_fit_are_refused(name: str, one_layer: Any, tmp_path:
     path = tmp_path / "c"
     kvmlx.save_prompt_cache(path, compressed(one_layer, STRATEGIES[name]))
     contents = files.read(path)
-    changes: dict[str, Callable[[files.Stored], files.Stored]] = {
-        "shorter": lambda a: files.Stored(a.dtype, (0, *a.shape[1:]), b""),
-        "flat": lambda a: a._replace(shape=(int(np.prod(a.shape)),)),
-        "turned": lambda a: a._replace(shape=a.shape[::-1]),
-        "bytes": lambda a: files.Stored(
-            "uint8", (*a.shape[:-1], len(a.data) // max(1, int(np.prod(a.shape[:-1])))), a.data
-        ),
-    }
-    for key, array in contents.arrays.items():
-        for change in changes.values():
-            new = change(array)
-            if new[:2] != array[:2]:
-                files.write(path, contents.arrays | {key: new}, header_of(contents))
-                assert not refused_or_sound(path, one_layer), (key, new.shape)
-        rest = {k: v for k, v in contents.arrays.items() if k != key}
-        for arrays in (rest, contents.arrays | {key + "x": array}, contents.arrays | {"9.tail.keys": array}):
-            files.write(path, arrays, header_of(contents))
-            assert not refused_or_sound(path, one_layer), key
-        for other in contents.arrays:
-            if contents.arrays[other][:2] != array[:2]:
-                swapped = {key: contents.arrays[other], other: array}
-                files.write(path, contents.arrays | swapped, header_of(contents))
-                assert not refused_or_sound(path, one_layer), (key, other)
+    for what, arrays in damage.arrays(contents):
+        files.write(path, arrays, damage.header_of(contents))
+        assert not refused_or_sound(path, one_layer), what
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"strategy": "__import__('os').system('x')"},
-        {"strategy": "newmethod(budget=0.1)"},
-        {"strategy": "int2"},
-        {"strategy": "int4(group_size=24)"},
-        {"caches": "[" * 100_000},
-        {"caches": '[{"class":"os","state":[]}]'},
-        {"caches": '[{"class":"_BaseCache","state":[]}]'},
-        {"caches": '[{"class":"save_prompt_cache","state":[]}]'},
-        {"caches": '[{"class":["KVCache"],"state":[]}]'},
-        {"caches": '[{"class":"CacheList","caches":[{"class":"mx","state":[]}]}]'},
-        {"caches": '[{"class":"KVCache","state":[{"array":"../x"},null,0]}]'},
-        {"caches": "[]"},
-        {"caches": "{}"},
-        {"model": "{}"},
-    ],
-    ids=lambda c: next(iter(c.items()))[1][:40],
-)
+@pytest.mark.parametrize("change", damage.NAMES, ids=lambda c: next(iter(c.items()))[1][:40])
 def test_names_are_parsed_and_looked_up_never_run(change: dict[str, str], one_layer: Any, tmp_path: Path) -> None:
     path = tmp_path / "c"
     kvmlx.save_prompt_cache(path, compressed(one_layer, STRATEGIES["int4"]))
     contents = files.read(path)
-    files.write(path, contents.arrays, header_of(contents) | change)
+    files.write(path, contents.arrays, damage.header_of(contents) | change)
     with pytest.raises(CacheFileError, match="cannot be loaded"):
         kvmlx.load_prompt_cache(path)
 

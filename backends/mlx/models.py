@@ -6,12 +6,14 @@ Found by scripts/compatibility.py, which runs every architecture; its table is d
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from kvmlx.backends.rotary import measure
 from kvmlx.types import LayerInfo, ModelInfo, Rotary
 
 _LATENT = (
@@ -160,30 +162,11 @@ def rotary_of(attention: Any, dim: int) -> Rotary | None:
     if not isinstance(rope, nn.Module) or not dim or _module(attention) in _NORM_AFTER_ROPE | _ROPE_IN_SLIDING_LAYERS:
         return None
     rotated = _first(attention, ("qk_rope_head_dim",)) or dim
-    rotary = _measure(rope, rotated)
+    rotary = measure(partial(_turn, rope, rotated))
     if rotary is None or rotated == dim:
         return rotary
     first, second = (tuple(i + dim - rotated for i in pair) for pair in (rotary.first, rotary.second))
     return Rotary(first, second, rotary.frequency, rotary.factor)
-
-
-def _measure(rope: nn.Module, dim: int) -> Rotary | None:
-    found = _pairs(_turn(rope, dim, 1))
-    if found is None:
-        return None
-    first, second, angle, factor = found
-    # A float32 frequency times a power of two is exact, so that each step gives more bits of it.
-    for position in (2**6, 2**12, 2**20):
-        turn = _turn(rope, dim, position)
-        if turn is None:
-            return None
-        small = angle * position < 2**13  # beyond it some float32 sines are off
-        seen = np.arctan2(turn[first, second], turn[first, first])
-        off = (seen - angle * position + np.pi) % (2 * np.pi) - np.pi
-        if np.abs(off[small]).max(initial=0.0) > 1e-2:
-            return None
-        angle = np.where(small, angle + off / position, angle)
-    return Rotary(tuple(map(int, first)), tuple(map(int, second)), tuple(map(float, angle)), round(float(factor), 6))
 
 
 def _turn(rope: nn.Module, dim: int, position: int) -> np.ndarray | None:
@@ -196,24 +179,3 @@ def _turn(rope: nn.Module, dim: int, position: int) -> np.ndarray | None:
             return None
         turn = np.array(out.astype(mx.float32), dtype=np.float64)
     return turn[0, :, 0, :] if turn.shape == (1, dim, 1, dim) else None
-
-
-def _pairs(turn: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, float] | None:
-    """Read pairs, angles and factor off a rotation's matrix; None if it is another map, or the identity."""
-    if turn is None:
-        return None
-    first, second = np.nonzero(np.triu(turn, 1))
-    if not len(first) or len(np.unique([*first, *second])) < 2 * len(first):
-        return None
-    factors = np.hypot(turn[first, first], turn[first, second])
-    angle = np.arctan2(turn[first, second], turn[first, first])
-    if not np.allclose(turn, _matrix(first, second, angle, factors[0], len(turn)), atol=1e-6):
-        return None
-    return first, second, angle, float(factors[0])
-
-
-def _matrix(first: np.ndarray, second: np.ndarray, angle: np.ndarray, factor: float, dim: int) -> np.ndarray:
-    out = np.eye(dim)
-    out[first, first] = out[second, second] = np.cos(angle) * factor
-    out[first, second], out[second, first] = np.sin(angle) * factor, -np.sin(angle) * factor
-    return out

@@ -96,9 +96,9 @@ class _Several:
 class _Reader:
     """The adapter of no framework: arrays are described, caches are what the file calls them."""
 
-    name = "none"
+    name = None
 
-    def backend(self) -> Any:
+    def backend(self, entry: str) -> Any:
         return None
 
     def is_array(self, x: Any) -> bool:
@@ -107,7 +107,7 @@ class _Reader:
     def to_stored(self, arrays: Mapping[str, Any]) -> dict[str, files.Stored]:
         raise TypeError("what is described has no data to be written")
 
-    def from_stored(self, stored: files.Stored) -> _Described:
+    def from_stored(self, stored: files.Stored, name: str) -> _Described:
         return _Described(stored.dtype, stored.shape, len(stored.data))
 
     def layer_of(self, cache: Any) -> LayerCache | None:
@@ -127,6 +127,9 @@ class _Reader:
 
     def state_of(self, cache: Any) -> Any:
         return cache.state
+
+    def tokens_of(self, cache: Any) -> int:
+        raise TypeError("what is described is not converted")
 
     def stock(self, kind: str, state: Any) -> _Stock:
         return _Stock(kind, state)

@@ -40,6 +40,8 @@ class Launch:
     constants: dict[str, Any] = field(hash=False)
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True
+    """Whether a product and a sum may become one multiply-add, of one rounding (Triton's `enable_fp_fusion`)."""
 
     @property
     def name(self) -> str:
@@ -61,10 +63,11 @@ def recording() -> Iterator[list[Launch]]:
 
 
 class TritonKernel:
-    """A `triton.jit` function, launched by name of argument."""
+    """A `triton.jit` function, launched by name of argument; ``fp_fusion`` as in `Launch`."""
 
-    def __init__(self, fn: Callable[..., None]) -> None:
+    def __init__(self, fn: Callable[..., None], *, fp_fusion: bool = True) -> None:
         self.fn: Any = fn
+        self.fp_fusion = fp_fusion
 
     def __call__(
         self,
@@ -89,9 +92,11 @@ class TritonKernel:
             types = {name: type_of(x) for name, x in arguments.items()} | dict.fromkeys(constants, "constexpr")
             order = self.fn.arg_names
             signature = {name: types[name] for name in order}
-            recorded.append(Launch(self.fn, grid, signature, dict(constants), num_warps, num_stages))
+            launch = Launch(self.fn, grid, signature, dict(constants), num_warps, num_stages, self.fp_fusion)
+            recorded.append(launch)
         elif 0 not in grid:
-            self.fn[grid](**arguments, **constants, num_warps=num_warps, num_stages=num_stages)
+            options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": self.fp_fusion}
+            self.fn[grid](**arguments, **constants, **options)
 
 
 def type_of(x: Tensor | int | float) -> str:

@@ -1,0 +1,491 @@
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+"""Attention of one or a few new tokens over a store, split over its rows.
+
+One program takes a split of a lane's body, or of its tail, for R query rows (heads of the KV head's group x new tokens),
+which share every code that is read. Rows of the store are the M side of the matrix units' products, S^T = K q^T, and
+channels that of O^T = V^T P^T: packed codes become operands in the registers into which they were loaded (codecs.py),
+and 8 query rows need no padding.
+
+Affine scales stay out of the inner products. The columns of S^T are (query row, group of channels), and q is laid out block
+by block on that diagonal: q . (s c + z) is then a multiply-add per column, and the groups' sum. Columns of O^T likewise:
+each group of channels has its own weights, p times its scale. 4 query heads and 2 groups fill the 8 columns that a
+product has anyway. Scales meet each code where there are many groups, and in float32: what the factored form cancels is
+below a half's precision, but not below a float's.
+
+`attend_merge_kernel` merges the splits by their log-sum-exp: the body's in the values' basis, then the tail's. A store
+without body whose tail is one split needs no merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, Format
+from kvmlx.backends.torch.triton.codecs import (
+    EXACT_KINDS,
+    bound,
+    compile_time,
+    deal,
+    hadamard,
+    level_factor,
+    load_words,
+    product,
+    streams,
+    streams_of,
+)
+from kvmlx.backends.torch.triton.launch import TritonKernel
+from kvmlx.backends.torch.triton.operands import NUMBERS, UNALIGNED, Operands, counts, lane_of, operands
+from kvmlx.store import LayerStore
+
+MAX_QUERIES = 8
+"""New tokens up to which this kernel is the one to take."""
+COLUMNS = 8
+"""Columns of the smallest product of NVIDIA's matrix units: as many are always computed."""
+AMD_ROWS = 16
+"""Of AMD's."""
+MAX_COLUMNS = 32
+"""Columns of a program's products: its accumulators are in registers."""
+MAX_GROUPS = 4
+"""Groups of channels up to which affine scales stay out of the products."""
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_AFFINE, _CHANNEL, _CODEBOOK = tl.constexpr(AFFINE), tl.constexpr(CHANNEL), tl.constexpr(CODEBOOK)
+_LIFT = tl.constexpr(8.0)
+"""Weights are 2^8 times larger than they need be: what is far below the largest one is still a normal half."""
+_LARGEST = tl.constexpr(65504.0)
+_padded = compile_time(lambda backend, rows: max(rows, AMD_ROWS) if backend == "hip" else rows)
+
+
+# Kernels
+
+
+@triton.jit
+def _power_of_two(x):
+    """Return the power of two at or below x, 1 for 0."""
+    p = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(p == 0.0, 1.0, p)
+
+
+@triton.jit
+def _query_rows(q, r, stop, n_queries, q_head, q_token, signs, D: tl.constexpr, P: tl.constexpr,
+                ROTATED: tl.constexpr):  # fmt: skip
+    """Return the query rows r of a KV head, float32 [R, P], in the keys' basis; q: its head 0, token 0."""
+    c = tl.arange(0, P)
+    at = (r // n_queries).to(tl.int64) * q_head + (r % n_queries).to(tl.int64) * q_token
+    x = tl.load(q + at[:, None] + c[None, :], mask=(r < stop)[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
+    if ROTATED:
+        x = hadamard(x * tl.load(signs + c, mask=c < D, other=0.0)[None, :], D & -D)
+    return x
+
+
+@triton.jit
+def _query_streams(x, G: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr):
+    """Return the operands of rows x [R, W * S], a tuple of S tiles T [W, R * max(G, 1)], and the groups' sums [R, G]."""
+    R: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1] // S
+    C: tl.constexpr = R * G if G > 1 else R
+    dealt = deal(x, S)
+    out = ()
+    sums = tl.zeros((16, C), tl.float32)
+    for j in tl.static_range(S):
+        y = tl.trans(dealt[j])
+        if G > 1:
+            own = (tl.arange(0, W) * S // GROUP)[:, None] == tl.arange(0, G)[None, :]
+            y = tl.reshape(tl.where(own[:, None, :], y[:, :, None], 0.0), (W, C))
+        y = y.to(T)
+        if G > 0:
+            # Summed as it will be multiplied: an operand with two uses does not change its layout anew for every tile.
+            sums = tl.dot(tl.full((16, W), 1.0, T), y, sums)
+        out += (y,)
+    return out, tl.reshape(tl.max(sums, axis=0), (R, C // R))
+
+
+@triton.jit
+def _row_numbers(p, first, rows, live, N: tl.constexpr, G: tl.constexpr):
+    """Load the N numbers of each row, float32 [T, G]; zeros beyond N, and where rows are not."""
+    g = tl.arange(0, G)
+    mask = live[:, None] if G == N else live[:, None] & (g < N)[None, :]
+    return tl.load(p + first * N + (rows[:, None] * N + g[None, :]), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _first_size(scales, first, lo, hi, N: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr):
+    """Return the power of two of the largest scale of the rows from lo on."""
+    rows = lo + tl.arange(0, TILE)
+    x = _row_numbers(scales, first, rows, rows < hi, N, G)
+    return _power_of_two(tl.max(tl.max(tl.abs(x), axis=1), axis=0))
+
+
+@triton.jit
+def _dequantized(codes, scales, offsets, first, start, rows, live, D: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
+                 KIND: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, TURNED: tl.constexpr,
+                 T: tl.constexpr):  # fmt: skip
+    """Return streams of values for those of affine codes, a tile of rows from ``start`` on."""
+    w = tl.arange(0, W)
+    out = ()
+    if KIND == _CHANNEL:
+        first = first // GROUP * D
+        if TILE <= GROUP:
+            # One block's numbers for all rows of the tile.
+            c = tl.arange(0, W * S)
+            at = start // GROUP * D + c
+            s = deal(tl.load(scales + first + at, mask=c < D, other=0.0).to(T)[None, :], S)
+            z = deal(tl.load(offsets + first + at, mask=c < D, other=0.0).to(T)[None, :], S)
+            for j in tl.static_range(S):
+                out += (codes[j] * s[j] + z[j],)
+        else:
+            for j in tl.static_range(S):
+                c = w * S + j
+                at = (rows // GROUP)[:, None] * D + c[None, :]
+                mask = live[:, None] & (c < D)[None, :]
+                s = tl.load(scales + first + at, mask=mask, other=0.0).to(T)
+                z = tl.load(offsets + first + at, mask=mask, other=0.0).to(T)
+                out += (codes[j] * s + z,)
+    else:
+        N: tl.constexpr = D // GROUP
+        if TURNED:
+            at = rows[None, :] * N + (w * S // GROUP)[:, None]
+            mask = live[None, :] & (w * S < D)[:, None]
+        else:
+            at = rows[:, None] * N + (w * S // GROUP)[None, :]
+            mask = live[:, None] & (w * S < D)[None, :]
+        s = tl.load(scales + first * N + at, mask=mask, other=0.0).to(T)
+        z = tl.load(offsets + first * N + at, mask=mask, other=0.0).to(T)
+        for j in tl.static_range(S):
+            out += (codes[j] * s + z,)
+    return out
+
+
+@triton.jit
+def _attend_rows(
+    q, keys_codes0, keys_codes1, keys_scales, keys_offsets, keys_levels, keys_signs,
+    values_codes0, values_codes1, values_scales, values_offsets, values_levels,
+    bias, mask, mask_column, mask_head, mask_token, sink_logits,
+    i_lane, i_split, n_splits, scale, n_queries, q_head, q_token,
+    first, lo, hi, seen, newest, window, first_column, sinks, body_rows,
+    partial, lse, out_head, out_token,
+    D: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr,
+    K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_ROTATED: tl.constexpr,
+    K_STREAMS: tl.constexpr, K_WORDS: tl.constexpr, K_GROUPS: tl.constexpr, K_FACTOR: tl.constexpr,
+    V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
+    V_STREAMS: tl.constexpr, V_WORDS: tl.constexpr, V_GROUPS: tl.constexpr, V_FACTOR: tl.constexpr,
+    BIASED: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Attend over rows lo .. hi of a lane's body or tail, and write what the split gives.
+
+    first: int64, entry of row 0 in the planes. seen: rows of the tail that new token 0 sees. newest: its column.
+    first_column: of row 0. K_GROUPS, V_GROUPS: groups whose scales stay out of the products, padded to a power of
+    two; 0: none do. partial: WHOLE: the output, at this lane's first head; else a split's place.
+    """
+    R: tl.constexpr = _padded(ROWS)
+    M: tl.constexpr = q.dtype.element_ty
+    KT: tl.constexpr = M if K_KIND <= EXACT_KINDS or tl.float32 == M else tl.float16
+    VT: tl.constexpr = M if V_KIND <= EXACT_KINDS or tl.float32 == M else tl.float16
+    KG: tl.constexpr = K_GROUPS if K_GROUPS > 0 else 1
+    VG: tl.constexpr = V_GROUPS if V_GROUPS > 0 else 1
+    MEANS: tl.constexpr = K_KIND == _CODEBOOK and K_GROUP > 0
+    SIZED: tl.constexpr = V_GROUPS > 0 or V_KIND == _CODEBOOK
+    LIFT: tl.constexpr = _LIFT if tl.float16 == VT else 0.0
+    n_rows = HEADS * n_queries
+    r = tl.program_id(0) * ROWS + tl.arange(0, R)
+    stop = tl.minimum(tl.program_id(0) * ROWS + ROWS, n_rows)
+    token = r % n_queries
+
+    x = _query_rows(q, r, stop, n_queries, q_head, q_token, keys_signs, D, K_STREAMS * K_WORDS, K_ROTATED)
+    unit = scale * _LOG2E
+    if K_KIND > EXACT_KINDS and tl.float16 == KT:
+        # The model's dtype may have a larger range than the halves that codes are multiplied by.
+        power = _power_of_two(tl.max(tl.max(tl.abs(x), axis=1), axis=0))
+        x = x * (1.0 / power)
+        unit = unit * power
+    qs, q_sums = _query_streams(x, K_GROUPS, K_STREAMS, K_GROUP if K_GROUPS > 0 else 1, KT)
+    if MEANS:
+        q_whole = tl.trans(x).to(KT)
+    v_unit = 1.0
+    if SIZED:
+        # Weights times the values' scales are halves too: sizes relative to those of the first rows.
+        v_unit = _first_size(values_scales, first, lo, hi, DV // V_GROUP if V_GROUPS > 0 else 1, VG, TILE)
+    v_shrink = 1.0 / v_unit
+
+    peak = tl.full((R,), -float("inf"), tl.float32)
+    total = tl.zeros((TILE, R), tl.float32)
+    zeros = tl.zeros((TILE, R, VG), tl.float32)
+    acc = ()
+    for _j in tl.static_range(V_STREAMS):
+        acc += (tl.zeros((V_WORDS, R * VG), tl.float32),)
+
+    for start in tl.range(bound(lo), bound(hi), TILE, num_stages=STAGES):
+        rows = start + tl.arange(0, TILE)
+        live = rows < hi
+        words = load_words(keys_codes0, keys_codes1, first, rows, live, D, K_WORDS, K_KIND, K_BITS, False)
+        k = streams(words, keys_levels, K_KIND, K_BITS, K_STREAMS, KT)
+        if K_KIND == _CHANNEL or (K_KIND == _AFFINE and K_GROUPS == 0):
+            k = _dequantized(k, keys_scales, keys_offsets, first, start, rows, live, D, K_WORDS, K_STREAMS, K_KIND,
+                             K_GROUP, TILE, False, KT)  # fmt: skip
+        s = tl.zeros((TILE, R * KG), tl.float32)
+        for j in tl.static_range(K_STREAMS):
+            s = product(k[j], qs[j], s)
+        if K_GROUPS > 0:
+            k_sizes = _row_numbers(keys_scales, first, rows, live, D // K_GROUP, KG)
+            k_zeros = _row_numbers(keys_offsets, first, rows, live, D // K_GROUP, KG)
+            s = tl.reshape(s, (TILE, R, KG)) * k_sizes[:, None, :] + k_zeros[:, None, :] * q_sums[None, :, :]
+            s = tl.sum(s, axis=2)
+        elif K_KIND == _CODEBOOK:
+            s = s * (tl.load(keys_scales + first + rows, mask=live, other=0.0).to(tl.float32) * K_FACTOR)[:, None]
+        if MEANS:
+            # Every row of a block has the block's mean in it.
+            c = tl.arange(0, K_STREAMS * K_WORDS)
+            mean = tl.load(keys_offsets + (first + start) // K_GROUP * D + c, mask=c < D, other=0.0)
+            if tl.float16 == KT:
+                s += tl.max(tl.dot(tl.broadcast_to(mean[None, :], (16, K_STREAMS * K_WORDS)), q_whole), axis=0)[None, :]
+            else:
+                s += tl.sum(mean.to(tl.float32)[:, None] * q_whole, axis=0)[None, :]
+        s = s * unit
+        if BIASED:
+            s += (tl.load(bias + first + rows, mask=live, other=0.0) * _LOG2E)[:, None]
+        visible = live[:, None]
+        if TAIL:
+            visible = visible & (rows[:, None] < seen + token[None, :])
+        if WINDOWED or MASKED > 0:
+            column = first_column + rows
+            if TAIL:
+                column = tl.where(column < sinks, column, column + body_rows)
+            if WINDOWED:
+                visible = visible & (column[:, None] > newest + token[None, :] - window)
+            if MASKED > 0:
+                at = (r // n_queries).to(tl.int64) * mask_head + token.to(tl.int64) * mask_token
+                at = at[None, :] + column.to(tl.int64)[:, None] * mask_column
+                m = tl.load(mask + at, mask=visible & (r < stop)[None, :], other=0)
+                if MASKED == 1:
+                    visible = visible & m
+                else:
+                    s += m.to(tl.float32) * _LOG2E
+        s = tl.where(visible, s, -float("inf"))
+
+        new = tl.maximum(peak, tl.max(s, axis=0))
+        safe = tl.where(new == -float("inf"), 0.0, new) - LIFT
+        shrink = tl.exp2(peak - LIFT - safe)[None, :]
+        p = tl.exp2(s - safe[None, :])
+        peak = new
+        total = total * shrink + p
+
+        words = load_words(values_codes0, values_codes1, first, rows, live, DV, V_WORDS, V_KIND, V_BITS, True)
+        v = streams(words, values_levels, V_KIND, V_BITS, V_STREAMS, VT)
+        weights = p
+        if V_GROUPS > 0:
+            v_sizes = _row_numbers(values_scales, first, rows, live, DV // V_GROUP, VG)
+            v_zeros = _row_numbers(values_offsets, first, rows, live, DV // V_GROUP, VG)
+            weights = tl.reshape(p[:, :, None] * (v_sizes * v_shrink)[:, None, :], (TILE, R * VG))
+            zeros = zeros * shrink[:, :, None] + p[:, :, None] * v_zeros[:, None, :]
+        elif V_KIND == _CODEBOOK:
+            v_sizes = tl.load(values_scales + first + rows, mask=live, other=0.0).to(tl.float32)
+            weights = p * (v_sizes * v_shrink)[:, None]
+        elif V_KIND > EXACT_KINDS:
+            v = _dequantized(v, values_scales, values_offsets, first, start, rows, live, DV, V_WORDS, V_STREAMS, V_KIND,
+                             V_GROUP, TILE, True, VT)  # fmt: skip
+        if SIZED and tl.float16 == VT:
+            weights = tl.minimum(weights, _LARGEST)
+        weights = weights.to(VT)
+        sums = ()
+        for j in tl.static_range(V_STREAMS):
+            if VG > 1:
+                a = tl.reshape(tl.reshape(acc[j], (V_WORDS, R, VG)) * shrink[:, :, None], (V_WORDS, R * VG))
+            else:
+                a = acc[j] * shrink
+            sums += (product(v[j], weights, a),)
+        acc = sums
+
+    weight = tl.sum(total, axis=0)
+    if WHOLE:
+        if sink_logits is not None:
+            logit = tl.load(sink_logits + r // n_queries, mask=r < stop, other=-float("inf")).to(tl.float32) * _LOG2E
+            new = tl.maximum(peak, logit)
+            safe = tl.where(new == -float("inf"), 0.0, new)
+            shrink = tl.exp2(peak - safe)
+            weight = weight * shrink + tl.exp2(logit - safe + LIFT)
+            v_unit = v_unit * shrink[None, :]
+        at = (r // n_queries).to(tl.int64) * out_head + token.to(tl.int64) * out_token
+    else:
+        at = (i_lane.to(tl.int64) * n_rows + r) * n_splits + i_split
+        tl.store(lse + at, peak - LIFT + tl.log2(weight), mask=r < stop)
+        at = at * POSITIONS
+    over = 1.0 / tl.maximum(weight, 1e-30)
+    w = tl.arange(0, V_WORDS)
+    held = (w * V_STREAMS < DV)[:, None] & (r < stop)[None, :]
+    if V_GROUPS > 0:
+        own = ((w * V_STREAMS // V_GROUP)[:, None] == tl.arange(0, VG)[None, :])[:, None, :]
+        zero = tl.reshape(tl.sum(zeros, axis=0), (1, R, VG))
+    for j in tl.static_range(V_STREAMS):
+        y = acc[j] * (v_unit * V_FACTOR)
+        if V_GROUPS > 0:
+            y = tl.sum(tl.where(own, tl.reshape(y, (V_WORDS, R, VG)) + zero, 0.0), axis=2)
+        y = y * over[None, :]
+        tl.store(partial + at[None, :] + (j * V_WORDS + w)[:, None], y.to(M), mask=held)
+
+
+@triton.jit
+def _nothing(lse, i_lane, i_split, n_splits, n_rows, ROWS: tl.constexpr):
+    """Say that a split has no rows: what it would have written is not read then."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = (i_lane.to(tl.int64) * n_rows + r) * n_splits + i_split
+    tl.store(lse + at, tl.full((ROWS,), -float("inf"), tl.float32), mask=r < n_rows)
+
+
+@triton.jit(
+    do_not_specialize=[*NUMBERS, "n_body", "n_tail", "out_batch", "out_head", "out_token"],
+    do_not_specialize_on_alignment=[*UNALIGNED, "sink_logits"],
+)
+def attend_decode_kernel(
+    queries,
+    keys_codes0, keys_codes1, keys_scales, keys_offsets, keys_levels, keys_signs,
+    values_codes0, values_codes1, values_scales, values_offsets, values_levels, values_signs,
+    body_bias, tail_keys, tail_values, tail_bias, mask, lanes, numbers,
+    scale, n_kv_heads, n_queries, capacity, sinks, window,
+    q_batch, q_head, q_token, mask_batch, mask_head, mask_token, mask_column,
+    end, first, body_rows,
+    partial, lse, sink_logits, n_body, n_tail, out_batch, out_head, out_token,
+    D: tl.constexpr, DV: tl.constexpr, GROUP: tl.constexpr,
+    K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_ROTATED: tl.constexpr,
+    V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_ROTATED: tl.constexpr,
+    BODY: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, WHOLE: tl.constexpr,
+    K_STREAMS: tl.constexpr, K_WORDS: tl.constexpr, K_GROUPS: tl.constexpr, K_FACTOR: tl.constexpr,
+    V_STREAMS: tl.constexpr, V_WORDS: tl.constexpr, V_GROUPS: tl.constexpr, V_FACTOR: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, POSITIONS: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr, TAIL_TILE: tl.constexpr, TAIL_STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: a split of a lane's tail or body, for ROWS query rows. Grid: blocks of rows, splits, lanes.
+
+    partial: [B * Hq * L, n_tail + n_body, POSITIONS] in the queries' dtype, the tail's splits first; channels of the
+    body's lie stream by stream. lse: float32 [B * Hq * L, n_tail + n_body], in units of log2, -inf where there are no
+    rows. WHOLE: there is one split, of the tail; partial is the output, with its strides, and sinks are taken in.
+    """
+    i_split = tl.program_id(1)
+    i_lane = tl.program_id(2)
+    n_splits = n_body + n_tail
+    end, first, body_rows = counts(numbers, end, first, body_rows)
+    start, length, begin = lane_of(lanes, i_lane)
+    i_batch = i_lane // n_kv_heads
+    i_head = (i_lane % n_kv_heads) * GROUP
+    q = queries + i_batch.to(tl.int64) * q_batch + i_head.to(tl.int64) * q_head
+    if MASKED > 0:
+        mask += i_batch.to(tl.int64) * mask_batch + i_head.to(tl.int64) * mask_head
+    if WHOLE:
+        partial += i_batch.to(tl.int64) * out_batch + i_head.to(tl.int64) * out_head
+        if sink_logits is not None:
+            sink_logits += i_head
+    # The mask's column of the first of the new tokens.
+    newest = end - first + body_rows - n_queries
+
+    if i_split < n_tail:
+        n_held = end - begin
+        step = tl.cdiv(tl.cdiv(end - first, n_tail), TAIL_TILE) * TAIL_TILE
+        lo = i_split * step
+        hi = tl.minimum(lo + step, n_held)
+        # A lone split writes its output even where it sees nothing.
+        if WHOLE or lo < hi:
+            _attend_rows(
+                q, tail_keys, None, None, None, None, None, tail_values, None, None, None, None,
+                tail_bias, mask, mask_column, mask_head, mask_token, sink_logits,
+                i_lane, i_split, n_splits, scale, n_queries, q_head, q_token,
+                i_lane.to(tl.int64) * capacity + begin, lo, hi, n_held - n_queries + 1, newest, window, begin - first,
+                sinks, body_rows, partial, lse, out_head, out_token,
+                D, DV, GROUP, 0, 0, 0, False, 1, P, 0, 1.0, 0, 0, 0, 1, PV, 0, 1.0,
+                BIASED, MASKED, WINDOWED, True, WHOLE, ROWS, TAIL_TILE, TAIL_STAGES, POSITIONS,
+            )  # fmt: skip
+        else:
+            _nothing(lse, i_lane, i_split, n_splits, GROUP * n_queries, ROWS)
+    elif BODY:
+        step = tl.cdiv(tl.cdiv(body_rows, n_body), UNIT) * UNIT
+        lo = (i_split - n_tail) * step
+        hi = tl.minimum(lo + step, length)
+        if WINDOWED:
+            # Rows that no new token sees any more are not read.
+            lo = tl.maximum(lo, (newest + 1 - window - sinks) // UNIT * UNIT)
+        if lo < hi:
+            _attend_rows(
+                q, keys_codes0, keys_codes1, keys_scales, keys_offsets, keys_levels, keys_signs,
+                values_codes0, values_codes1, values_scales, values_offsets, values_levels,
+                body_bias, mask, mask_column, mask_head, mask_token, None,
+                i_lane, i_split, n_splits, scale, n_queries, q_head, q_token,
+                start, lo, hi, 0, newest, window, sinks, sinks, body_rows, partial, lse, out_head, out_token,
+                D, DV, GROUP, K_KIND, K_BITS, K_GROUP, K_ROTATED, K_STREAMS, K_WORDS, K_GROUPS, K_FACTOR,
+                V_KIND, V_BITS, V_GROUP, V_STREAMS, V_WORDS, V_GROUPS, V_FACTOR,
+                BIASED, MASKED, WINDOWED, False, False, ROWS, TILE, STAGES, POSITIONS,
+            )  # fmt: skip
+        else:
+            _nothing(lse, i_lane, i_split, n_splits, GROUP * n_queries, ROWS)
+
+
+@triton.jit
+def _add_splits(x, total, partial, lse, safe, at, begin, stop, held, POSITIONS: tl.constexpr, CHUNK: tl.constexpr):
+    """Add splits begin .. stop to x [P] and their weights to total; held: positions that were written, or None."""
+    c = tl.arange(0, x.shape[0])
+    for start in tl.range(bound(begin), bound(stop), CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        w = tl.exp2(tl.load(lse + at + i, mask=i < stop, other=-float("inf")) - safe)
+        there = (w > 0.0)[:, None]
+        if held is not None:
+            there = there & held[None, :]
+        y = tl.load(partial + (at + i)[:, None] * POSITIONS + c[None, :], mask=there, other=0.0)
+        x += tl.sum(y.to(tl.float32) * w[:, None], axis=0)
+        total += tl.sum(w, axis=0)
+    return x, total
+
+
+@triton.jit(
+    do_not_specialize=["n_heads", "n_queries", "n_body", "n_tail", "out_batch", "out_head", "out_token"],
+    do_not_specialize_on_alignment=["sink_logits"],
+)
+def attend_merge_kernel(
+    partial, lse, sink_logits, signs, out, n_heads, n_queries, n_body, n_tail, out_batch, out_head, out_token,
+    DV: tl.constexpr, V_ROTATED: tl.constexpr, V_STREAMS: tl.constexpr, V_WORDS: tl.constexpr,
+    POSITIONS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program: the splits of one query row."""
+    P: tl.constexpr = V_STREAMS * V_WORDS
+    i_row = tl.program_id(0)
+    head = i_row // n_queries % n_heads
+    n_splits = n_body + n_tail
+    at = i_row.to(tl.int64) * n_splits
+    peak = -float("inf")
+    for start in tl.range(0, bound(n_splits), 128):
+        i = start + tl.arange(0, 128)
+        peak = tl.maximum(peak, tl.max(tl.load(lse + at + i, mask=i < n_splits, other=-float("inf")), axis=0))
+    logit = -float("inf")
+    if sink_logits is not None:
+        logit = tl.load(sink_logits + head).to(tl.float32) * _LOG2E
+        peak = tl.maximum(peak, logit)
+    safe = tl.where(peak == -float("inf"), 0.0, peak)
+    total = tl.exp2(logit - safe)
+    c = tl.arange(0, P)
+    x = tl.zeros((P,), tl.float32)
+    if DV == P:
+        x, total = _add_splits(x, total, partial, lse, safe, at, n_tail, n_splits, None, POSITIONS, CHUNK)
+    else:
+        held = c % V_WORDS * V_STREAMS < DV
+        x, total = _add_splits(x, total, partial, lse, safe, at, n_tail, n_splits, held, POSITIONS, CHUNK)
+    # Streams lie one after another: channels in their order.
+    x = tl.reshape(tl.trans(tl.reshape(x, (V_STREAMS, V_WORDS))), (P,))
+    if V_ROTATED:
+        x = tl.reshape(hadamard(x[None, :], DV & -DV), (P,)) * tl.load(signs + c, mask=c < DV, other=0.0)
+    if DV == P:
+        x, total = _add_splits(x, total, partial, lse, safe, at, 0, n_tail, None, POSITIONS, CHUNK)
+    else:
+        x, total = _add_splits(x, total, partial, lse, safe, at, 0, n_tail, c < DV, POSITIONS, CHUNK)
+    i_batch = (i_row // (n_queries * n_heads)).to(tl.int64)
+    at = i_batch * out_batch + head.to(tl.int64) * out_head + (i_row % n_queries).to(tl.int64) * out_token
+    tl.store(out + at + c, (x / tl.maximum(total, 1e-30)).to(out.dtype.element_ty), mask=c < DV)
+
+
+_DECODE = TritonKernel(attend_decode_kernel)
+_MERGE = TritonKernel(attend_merge_kernel)
