@@ -19,6 +19,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -219,6 +220,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--render", action="store_true", help="run nothing, write the page again")
     args = parser.parse_args()
+    # transformers has advice about configurations as small as these; and models so small gain nothing from threads.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     console = Console(stderr=True)
     sides = [] if args.render else [load(name) for name in args.side or SIDES]
     unknown = set(args.only).difference(*(side.architectures for side in sides))

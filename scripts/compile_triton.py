@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -229,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
     from scripts.triton_calls import FULL, QUICK
 
+    # A run that is stopped takes its processes with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     calls = QUICK if args.check else FULL
     with tempfile.TemporaryDirectory(prefix="kvmlx-triton-") as scratch:
         rows, wrong = kernels(calls, list(TARGETS), args.cache or Path(scratch))

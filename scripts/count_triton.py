@@ -17,17 +17,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvmlx.backends.torch.triton import attend, launch
+from kvmlx.backends.torch.triton import attend, launch, prefill
 from kvmlx.backends.torch.triton.backend import on
 from kvmlx.layout import row_bytes
 from scripts.gpu.stores import read_bytes
 from scripts.triton_calls import DTYPES, EXACT, Call, codecs_of
 
+PROCESSORS = 132
+"""Of an H100."""
 KV_HEADS = 8
 """Of the model that is meant; attention is counted one KV head at a time, each of which has programs of its own."""
 FORMATS = ("int4", "int2", "int3", "small", "tiny", "kivi(bits=2)", EXACT)
@@ -176,13 +179,13 @@ def ideal_bytes(call: Call) -> int:
 def count(call: Call) -> dict[str, Any]:
     """Run a call interpreted; return its bytes, and those of each launch."""
     # The other KV heads bring programs too: a head on its own would be split further.
-    found = attend.processors
-    attend.processors = lru_cache(lambda device: -(-found(device) * call.n_kv_heads // KV_HEADS))
-    try:
-        with counting() as launches:
-            call.run(on("cpu"))
-    finally:
-        attend.processors = found
+    fewer = lru_cache(lambda device: -(-PROCESSORS * call.n_kv_heads // KV_HEADS))
+    with (
+        patch.object(attend, "processors", fewer),
+        patch.object(prefill, "_processors", fewer),
+        counting() as launches,
+    ):
+        call.run(on("cpu"))
     if not launches:
         raise ValueError(f"{call.name} launches no kernel: plain operations take it")
     read, loaded, written = (sum(sum(getattr(x, name).values()) for x in launches) for name in KINDS)

@@ -37,7 +37,7 @@ class Call:
     """One call of a primitive, B sequences of H KV heads."""
 
     primitive: str
-    """``decode``, ``prefill`` (attend with few and with many new tokens), ``encode``, ``column_sums`` or ``compact``."""
+    """``decode``, ``prefill`` (attend with few or with many new tokens), ``encode``, ``column_sums`` or ``compact``."""
     format: str = "int4"
     dtype: str = "bfloat16"
     dim: int = 128
@@ -139,15 +139,14 @@ FULL = [
     *_each(DECODE, FORMATS),
     *_each(DECODE, ("int4", "int2", "small"), group=1),
     *_each(DECODE, ("int4", "int2", "small"), group=8),
-    *_each(DECODE, ("int4", "int2", "kivi(bits=2)", "small", EXACT), dtype="float16"),
-    *(call for dim in (64, 80, 256) for call in _each(DECODE, ("int4", "int2", "small"), dim=dim)),
-    *_each(DECODE, ("int4", "small"), n_queries=4),
-    *_each(PREFILL, FORMATS),
-    *(call for dim in (64, 80, 256) for call in _each(PREFILL, ("int4", "small"), dim=dim)),
+    *_each(DECODE, ("int4", "small", "kivi(bits=2)"), dtype="float16"),
+    *(call for dim in (64, 80, 256) for call in _each(DECODE, ("int4", "small"), dim=dim)),
+    replace(DECODE, n_queries=4),
+    *_each(PREFILL, ("int4", "int2", "small", "tiny", "kivi(bits=2)", EXACT)),
+    *(replace(PREFILL, dim=dim) for dim in (64, 80, 256)),
     replace(PREFILL, dtype="float16"),
     *_each(ENCODE, [f for f in FORMATS if f != EXACT]),
-    *(call for dim in (64, 80, 256) for call in _each(ENCODE, ("int4", "small"), dim=dim)),
-    *(replace(ENCODE, format="kivi(bits=2)", dim=dim) for dim in (64, 256)),
-    *(replace(SUMS, dim=dim) for dim in (128, 64, 80, 256)),
-    *_each(COMPACT, ("int4", "kivi(bits=2)", "small")),
+    *(replace(ENCODE, dim=dim) for dim in (64, 80, 256)),
+    *(replace(SUMS, dim=dim) for dim in (128, 64, 256)),
+    *_each(COMPACT, ("int4", "small")),
 ]

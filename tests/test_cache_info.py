@@ -22,8 +22,8 @@ from kvmlx.session import LayerCache, Session, report
 from kvmlx.state import layer_to_json, session_to_json
 from kvmlx.strategy import PRESETS, STAGES, Strategy
 from kvmlx.types import LayerInfo, ModelInfo, Rotary
+from tests.bits import DATA, FILES_OF_BEFORE
 
-DATA = Path(__file__).parent / "data"
 Run = Callable[..., Any]
 
 TEXTS = {
@@ -144,6 +144,22 @@ def test_long_paths_and_batches_fit_too(run: Run, tmp_path: Path) -> None:
     assert "and 3 more" in "\n".join(lines)
 
 
+def test_many_layers_of_two_kinds_fit_too(run: Run, tmp_path: Path) -> None:
+    layers = filled(TEXTS["ragged"], n_layers=5)
+    path = write(tmp_path / "c", layers)
+    contents = files.read(path)
+    entries = json.loads(contents.header["caches"])
+    slides = {"class": "DynamicSlidingWindowLayer", "state": [None, None, 0, 512]}
+    mixed = [entries.pop(0) if i % 6 == 5 else slides for i in range(32)]
+    own = {name: text for name, text in contents.header.items() if name in ("backend", "strategy", "model")}
+    arrays = {f"{6 * int(key.split('.')[0]) + 5}{key[1:]}": array for key, array in contents.arrays.items()}
+    files.write(path, arrays, own | {"caches": json.dumps(mixed)})
+    lines = run(path).stdout.splitlines()[1:]
+    assert all(len(line) <= 80 for line in lines)
+    text = " ".join(" ".join(lines).split())
+    assert "DynamicSlidingWindowLayer" in text and "37 (35-39)" in text and "5, 11," in text
+
+
 def test_a_prompt_that_is_not_over_is_told(run: Run, tmp_path: Path) -> None:
     path = write(tmp_path / "c", filled(TEXTS["eviction"], settled=False))
     assert "not complete" in run(path).stdout
@@ -169,20 +185,22 @@ def test_every_array_has_a_role() -> None:
         assert name in ROLES
 
 
-@pytest.mark.parametrize("name", ["format1-mlx", "format1-mlx-lm"])
+@pytest.mark.parametrize("name", FILES_OF_BEFORE)
 def test_files_of_before_and_of_mlx_lm(run: Run, name: str) -> None:
     path = DATA / f"{name}.safetensors"
     found = json.loads(run(path, "--json").stdout)
-    own = name == "format1-mlx"
-    assert found["written_by"] == ("kvmlx" if own else "mlx-lm") and found["backend"] == "mlx"
+    own, torch = name != "format1-mlx-lm", name == "format1-torch"
+    assert found["written_by"] == ("kvmlx" if own else "mlx-lm") and found["backend"] == ("torch" if torch else "mlx")
     assert (found["format_version"], found["checksum"]) == ((1, "verified") if own else (None, None))
     assert found["metadata"] == {"model": "tiny"}
     assert [s["tokens"] for s in found["sequences"]] == [40] and found["held"]["kept_tokens"] == 20
     assert [layer["index"] for layer in found["layers"]] == [0, 2]
-    assert found["stock"] == [{"index": 1, "class": "RotatingKVCache", "nbytes": 384, "tokens": 40}]
+    kind, nbytes = ("DynamicSlidingWindowLayer", 352) if torch else ("RotatingKVCache", 384)
+    assert found["stock"] == [{"index": 1, "class": kind, "nbytes": nbytes, "tokens": 40}]
     output = run(path).stdout
     assert ("checksum verified" in output) == own and ("no checksum" in output) == (not own)
-    assert "0, 2 " in output and "RotatingKVCache" in output
+    assert "0, 2 " in output and kind in output
+    assert all(len(line) <= 80 for line in output.splitlines()[1:])
 
 
 def test_nothing_is_loaded_but_numpy() -> None:

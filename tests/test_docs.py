@@ -22,7 +22,7 @@ from kvmlx.strategy import ALIASES, PRESETS, STAGES, Strategy
 
 ROOT = Path(__file__).resolve().parents[1]
 README, METHODS, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "architecture.md"
-METAL = ROOT / "docs" / "metal.md"
+METAL, CUDA = ROOT / "docs" / "metal.md", ROOT / "docs" / "cuda.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results"
 IN_COMMON = {"backends.base", "backends.files", "backends.formats", "backends.rotary"}
@@ -283,11 +283,28 @@ def render_counted() -> str:
     return render(json.loads((RESULTS / "metal.json").read_text(encoding="utf-8")))
 
 
+def render_compiled() -> str:
+    from scripts.triton_report import render
+
+    found = result("triton")
+    assert found is not None
+    return render(found)
+
+
+def render_gpu() -> str:
+    """Return what scripts/gpu_check.py measured, or that nobody ran it yet."""
+    from scripts.triton_report import measured
+
+    return measured([json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("gpu-*.json"))])
+
+
 BLOCKS: dict[tuple[Path, str], Block] = {
     (README, "presets"): render_presets,
     (README, "measured"): render_measured,
     (METHODS, "presets"): lambda: render_presets(pages="results/README.md"),
     (METAL, "counted"): render_counted,
+    (CUDA, "compiled"): render_compiled,
+    (CUDA, "measured"): render_gpu,
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from kvmlx import CacheFileError, files
 from tests import damage
-from tests.bits import DATA, OLD_DIGEST, assert_same_bits, digest
+from tests.bits import DATA, FILES_OF_BEFORE, assert_same_bits, digest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -27,8 +27,9 @@ from transformers.cache_utils import (  # noqa: E402
     StaticLayer,
 )
 
+from kvmlx.backends import files as common  # noqa: E402
 from kvmlx.backends.torch.adapter import KVMLXCache, KVMLXLayer, make_prompt_cache, report, settle  # noqa: E402
-from kvmlx.backends.torch.files import load_prompt_cache, save_prompt_cache  # noqa: E402
+from kvmlx.backends.torch.files import _Transformers, load_prompt_cache, save_prompt_cache  # noqa: E402
 
 STRATEGIES = {
     "full": "full",
@@ -271,6 +272,36 @@ def test_views_are_saved_as_what_they_show(tmp_path: Path) -> None:
     assert (tmp_path / "c").stat().st_size < 2 * keys.numel() * 4 + 2048
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@every_strategy
+def test_a_cache_goes_to_a_gpu_and_back(model: Any, strategy: str, tmp_path: Path) -> None:
+    cache = compressed(model, strategy)
+    save_prompt_cache(tmp_path / "cpu", cache)
+    twin = tiny_model().to("cuda")
+    there = load_prompt_cache(tmp_path / "cpu", model=twin)
+    assert all(x.is_cuda for layer in there.managed for x in layer.layer.arrays().values())
+    same_layers(cache, there)
+    save_prompt_cache(tmp_path / "cuda", there)
+    assert files.read(tmp_path / "cpu").arrays == files.read(tmp_path / "cuda").arrays
+    best = []
+    for m, c in ((model, cache), (twin, there)):
+        with torch.no_grad():
+            best.append(m(torch.tensor([[5]], device=m.device), past_key_values=c).logits.argmax().item())
+    assert best[0] == best[1]
+
+
+def test_every_layer_is_loaded_where_its_weights_are(model: Any, tmp_path: Path) -> None:
+    save_prompt_cache(tmp_path / "c", compressed(model, STRATEGIES["h2o-adakv"]))
+    adapter = _Transformers([torch.device("cpu"), torch.device("meta")])
+    loaded = common.load(adapter, tmp_path / "c")
+    for layer, device in zip(loaded.caches, ("cpu", "meta"), strict=True):
+        assert {x.device.type for x in layer.layer.arrays().values()} == {device}
+        assert layer.layer.backend.device.type == device
+    # A file of a model of more layers is read before it is refused.
+    few = common.load(_Transformers([torch.device("meta")]), tmp_path / "c")
+    assert {x.device.type for layer in few.caches for x in layer.layer.arrays().values()} == {"meta"}
+
+
 def test_inference_mode_leaves_no_mark(model: Any, tmp_path: Path) -> None:
     """What is saved or loaded within it can be written to outside of it."""
     cache, twin = (compressed(model, STRATEGIES["int4"], settled=False) for _ in range(2))
@@ -296,28 +327,22 @@ def test_the_file_is_plain_safetensors(model: Any, tmp_path: Path) -> None:
         assert torch.equal(opened.get_tensor("1.tail.keys"), cache.managed[1].layer.store.keys)
 
 
-@pytest.mark.parametrize("name", ["format1-mlx", "format1-mlx-lm"])
-def test_files_that_mlx_wrote_before_still_load(name: str) -> None:
-    path = DATA / f"{name}.safetensors"
-    cache, metadata = load_prompt_cache(path, return_metadata=True)
+@pytest.mark.parametrize("name", FILES_OF_BEFORE)
+def test_files_of_before_still_load(name: str) -> None:
+    cache, metadata = load_prompt_cache(DATA / f"{name}.safetensors", return_metadata=True)
     assert metadata == {"model": "tiny"}
     assert [type(layer) for layer in cache.layers] == [KVMLXLayer, DynamicSlidingWindowLayer, KVMLXLayer]
     said = report(cache)
     assert (said.tokens, said.kept_tokens, said.nbytes) == (40, 20.0, 7040)
-    assert said.unmanaged == ("layer 1: DynamicSlidingWindowLayer",)
     assert said.strategy == "snapkv(budget=0.5, sinks=1, recent=6, window=4) | int(k=3, sinks=1, recent=4)"
+    assert said.unmanaged == ("layer 1: DynamicSlidingWindowLayer",)
+    for layer in cache.managed:
+        store = layer.layer.store
+        assert store.length.tolist() == [[13]] and store.planes["values.rows"].dtype == torch.uint16
     slides = cache.layers[1]
-    assert (slides.cumulative_length, slides.sliding_window, slides.keys.shape[2]) == (40, 12, 11)
+    assert (slides.cumulative_length, slides.sliding_window) == (40, 12)
     arrays = {f"{i}.{key}": x for i, layer in enumerate(cache.managed) for key, x in layer.layer.arrays().items()}
-    # The file has the ring as it lay: its next row would be written over row 1, and row 0 is the newest.
-    stored = files.read(path, stock=True).arrays
-    ring = [
-        torch.frombuffer(bytearray(stored[key].data), dtype=torch.bfloat16).reshape(stored[key].shape)
-        for key in ("1.0", "1.1")
-    ]
-    assert digest(arrays | {"ring.keys": ring[0], "ring.values": ring[1]}) == OLD_DIGEST
-    for whole, kept in zip(ring, (slides.keys, slides.values), strict=True):
-        assert torch.equal(torch.cat([whole[:, :, 2:], whole[:, :, :1]], dim=2), kept)
+    assert digest(arrays | {"keys": slides.keys, "values": slides.values}) == FILES_OF_BEFORE[name]
 
 
 # -- what is refused ------------------------------------------------------------------------------------------

@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from kvmlx.backends.torch import choose
 from kvmlx.backends.torch.cache import CompressedRows, KVMLXCache, KVMLXLayer, flat
+from kvmlx.backends.torch.hybrid import KVMLXHybridLayer
 from kvmlx.backends.torch.interface import install, switch
 from kvmlx.backends.torch.models import attention_of, describe, refusal, text_config
 from kvmlx.session import LayerCache, Report, Session
@@ -43,17 +49,20 @@ def make_prompt_cache(model: Any, strategy: str | Stage | Strategy, *, inspect: 
     if not all(hasattr(model, name) for name in ("config", "set_attn_implementation")):
         raise UnsupportedModelError(f"{type(model).__name__} is no model of transformers, which kvmlx needs with torch")
     kind = model.config.model_type
-    reason = refusal(model)
-    if reason and not strategy.identity:
-        raise UnsupportedModelError(f"{kind} cannot be served with {str(strategy)!r}: {reason}; 'full' works")
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        raise UnsupportedModelError(f"{kind} takes no cache but one of its own kind, which kvmlx has not")
     layers: list[Any] = list(DynamicCache(config=text_config(model)).layers)
-    managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    hybrid = [i for i, layer in enumerate(layers) if type(layer) is LinearAttentionAndFullAttentionLayer]
+    managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer or i in hybrid]
     if not managed:
         kinds = sorted({type(layer).__name__ for layer in layers})
         raise UnsupportedModelError(
             f"{kind} has no full-attention layer with a plain KV cache (it has {', '.join(kinds)}): there is nothing "
             "that kvmlx could compress"
         )
+    reason = refusal(model)
+    if reason and not strategy.identity:
+        raise UnsupportedModelError(f"{kind} cannot be served with {str(strategy)!r}: {reason}; 'full' works")
     info = describe(model, managed)
     for layer in info.layers:
         for codec, dim in zip(strategy.codecs(), (layer.key_dim, layer.value_dim), strict=True):
@@ -65,13 +74,17 @@ def make_prompt_cache(model: Any, strategy: str | Stage | Strategy, *, inspect: 
             f"{kind} cannot be served with {str(strategy)!r}: it needs plain rotary position embeddings, which layers "
             f"{', '.join(bare)} have not; use snapkv, h2o or keydiff"
         )
-    unmanaged = tuple(f"layer {i}: {type(layer).__name__}" for i, layer in enumerate(layers) if i not in managed)
+    rest = {i: LinearAttentionLayer if i in hybrid else type(layer) for i, layer in enumerate(layers)}
+    unmanaged = tuple(f"layer {i}: {rest[i].__name__}" for i in rest if i not in managed or i in hybrid)
     session = Session(strategy, info, len(managed), unmanaged, inspect)
     attention = attention_of(model)
     early = strategy.bounded and not _shares(model, layers)
     for number, index in enumerate(managed):
         layer = LayerCache(choose.backend(_device(attention.get(index))), session, number)
-        layers[index] = KVMLXLayer(layer, early=early)
+        if index in hybrid:
+            layers[index] = KVMLXHybridLayer(layer, layers[index], early=early)
+        else:
+            layers[index] = KVMLXLayer(layer, early=early)
     if not reason:
         switch(model)
     return KVMLXCache(layers)
@@ -99,9 +112,7 @@ def report(cache: Any) -> Report:
 
 
 def _stock_nbytes(layer: Any) -> int:
-    """Return the bytes of a layer of transformers' own: keys and values, states of convolutions and recurrences."""
-    if isinstance(layer, KVMLXLayer):
-        return 0
+    """Return the bytes that transformers holds in a layer: keys and values, states of convolutions and recurrences."""
     found = {id(x): x for x in flat(vars(layer)) if isinstance(x, Tensor)}
     return sum(x.nbytes for x in found.values())
 

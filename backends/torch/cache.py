@@ -387,7 +387,7 @@ class KVMLXCache(Cache):
     @eager
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         length, offset = super().get_mask_sizes(query_length, layer_idx)
-        if isinstance(self.layers[layer_idx], KVMLXLayer):
+        if not getattr(self.layers[layer_idx], "is_sliding", False):  # the number may be that of a layer without rows
             offset = Origin(offset)
             offset.cache = self
         return length, offset

@@ -16,8 +16,13 @@ from torch import nn
 from kvmlx.backends.rotary import measure
 from kvmlx.types import LayerInfo, ModelInfo, Rotary
 
+_BIASED = "it adds a bias to the logits of its attention, by the distance of tokens"
+
 REFUSED: dict[str, str] = {
     "diffllama": "it cuts its cached values in two before it attends",
+    "doge": "it makes a mask of all its cached values before it attends",
+    "inkling2_text": _BIASED,
+    "inkling_text": _BIASED,
     "jetmoe": "it repeats its cached keys and values for every expert before it attends",
     "mllama": "some of its layers attend to an image (cross attention)",
 }
@@ -50,26 +55,24 @@ def text_config(model: Any) -> Any:
 def refusal(model: Any) -> str | None:
     """Return why the model cannot have a compressed cache, or None."""
     config = text_config(model)
-    kind = config.model_type
+    kind, told = config.model_type, config.to_dict()
     if kind in REFUSED:
         return REFUSED[kind]
     if model.config.is_encoder_decoder:
         return "its decoder attends to an encoder's output too (cross attention)"
-    if getattr(config, "kv_lora_rank", None):
+    if told.get("kv_lora_rank"):
         return (
             "it caches the latent of multi-head latent attention (MLA), already a compressed form of keys and "
             "values, and expands it inside the model"
         )
-    if getattr(config, "attn_logit_softcapping", None):
+    if told.get("attn_logit_softcapping"):
         return "it caps the logits of its attention"
     decoder = _decoder(model)
     if any(getattr(module, "indexer", None) is not None for module in attention_of(model).values()):
         return "its indexer selects among the places of all tokens in the cache"
     if not getattr(type(decoder), "_can_set_attn_implementation", lambda: True)():
         return "it computes attention itself, outside transformers' AttentionInterface"
-    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
-        return "it needs a cache of its own kind"
-    if getattr(config, "reorder_and_upcast_attn", False) or (kind not in _NAME_IS_MINOR and _asks_by_name(decoder)):
+    if told.get("reorder_and_upcast_attn") or (kind not in _NAME_IS_MINOR and _asks_by_name(decoder)):
         return "its code asks for the name of its attention, and computes otherwise under another one"
     if not getattr(decoder, "_supports_sdpa", False) and kind not in _SINKS:
         return "its attention is of its own kind: transformers serves it by no common implementation either"
@@ -104,7 +107,7 @@ def describe(model: Any, managed: Sequence[int]) -> ModelInfo:
             continue
         heads, kv_heads, key_dim, value_dim = _shapes(attention, config)
         kind = kinds[index] if kinds else None
-        rope = None if _bare(attention, config) else _rotary_module(model, attention)
+        rope = None if _bare(attention, config, kind) else _rotary_module(model, attention)
         key = (id(rope), kind, key_dim)
         if key not in measured:
             measured[key] = None if rope is None else rotary_of(rope, attention, key_dim, kind)
@@ -154,8 +157,11 @@ def _rows(attention: Any, projection: str) -> int:
 # -- rotary embeddings --------------------------------------------------------------------------------------
 
 
-def _bare(attention: Any, config: Any) -> bool:
-    """Whether the layer's keys are not rotated, or not only rotated."""
+def _bare(attention: Any, config: Any, kind: str | None) -> bool:
+    """Whether the keys of a layer of this type are not rotated, or not only rotated."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if kind in parameters and parameters[kind] is None:
+        return True
     if config.model_type in _NORM_AFTER_ROPE or getattr(attention, "use_rope", True) in (False, 0):
         return True
     return config.model_type in _ROPE_IN_SLIDING_LAYERS
@@ -163,7 +169,7 @@ def _bare(attention: Any, config: Any) -> bool:
 
 def _rotary_module(model: Any, attention: Any) -> Any:
     for part in (attention, _decoder(model)):
-        for name in ("rotary_emb", "rotary"):
+        for name in ("rotary_emb", "rotary", "pos_emb"):
             if isinstance(rope := getattr(part, name, None), nn.Module):
                 return rope
     return None

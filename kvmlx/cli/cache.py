@@ -357,16 +357,17 @@ def _bytes_table(held: dict[str, Any]) -> Table:
 
 def _caches_table(found: dict[str, Any]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layers", overflow="fold", max_width=22)
-    table.add_column("cache", overflow="fold")
-    for name in ("kept", "in the tail", "bytes each", "of fp16"):
+    table.add_column("layers", max_width=16)
+    table.add_column("cache", no_wrap=True)
+    table.add_column("kept", justify="right", no_wrap=True)
+    for name in ("in tail", "bytes each", "of fp16"):
         table.add_column(name, justify="right")
     one_sequence = len(found["sequences"]) == 1
     for alike in _alike(found["layers"], ("kept_tokens", "tail_tokens", "nbytes", "full_nbytes")):
         first = alike[0]
         kept = f"{first['kept_tokens']:,.0f}"
         if one_sequence and first["least_in_a_head"] != first["most_in_a_head"]:
-            kept += f" ({first['least_in_a_head']:,} to {first['most_in_a_head']:,})"
+            kept += f" ({first['least_in_a_head']:,}-{first['most_in_a_head']:,})"
         share = f"{first['nbytes'] / first['full_nbytes']:.3f}" if first["full_nbytes"] else "-"
         tail = f"{first['tail_tokens']:,.0f}"
         table.add_row(_places(alike), "compressed", kept, tail, size(first["nbytes"]), share)

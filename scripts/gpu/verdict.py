@@ -146,8 +146,8 @@ def lines(run: Run) -> Iterator[str]:
     for name in ("pytest", "sanitizer"):
         part = document["parts"].get(name, {})
         if part:
-            tools = [f"{k}: {part[k]}" for k in ("summary", "skipped", "memcheck", "racecheck") if part.get(k)]
-            yield f"{name}: {'; '.join(tools)}"
+            tools = [f"{k}: {part[k]}" for k in ("memcheck", "racecheck") if part.get(k)]
+            yield f"{name}: {'; '.join([*tools, *(part[k] for k in ('summary', 'skipped') if part.get(k))])}"
     faults = wrong(run)
     for fault in faults[:12]:
         yield f"WRONG {fault[:300]}"

@@ -2,16 +2,16 @@
 # pyright: reportIndexIssue=false, reportOperatorIssue=false
 """Attention of one or a few new tokens over a store, split over its rows.
 
-One program takes a split of a lane's body, or of its tail, for R query rows (heads of the KV head's group x new tokens),
-which share every code that is read. Rows of the store are the M side of the matrix units' products, S^T = K q^T, and
-channels that of O^T = V^T P^T: packed codes become operands in the registers into which they were loaded (codecs.py),
-and 8 query rows need no padding.
+One program takes a split of a lane's body, or of its tail, for some query rows (heads of the KV head's group x new
+tokens), which share every code that is read. Rows of the store are the M side of the matrix units' products,
+S^T = K q^T, and channels that of O^T = V^T P^T: packed codes become operands in the registers into which they were
+loaded (codecs.py), and 8 query rows need no padding.
 
-Affine scales stay out of the inner products. The columns of S^T are (query row, group of channels), and q is laid out block
-by block on that diagonal: q . (s c + z) is then a multiply-add per column, and the groups' sum. Columns of O^T likewise:
-each group of channels has its own weights, p times its scale. 4 query heads and 2 groups fill the 8 columns that a
-product has anyway. Scales meet each code where there are many groups, and in float32: what the factored form cancels is
-below a half's precision, but not below a float's.
+Affine scales stay out of the inner products. The columns of S^T are (query row, group of channels), and q is laid out
+block by block on that diagonal: q . (s c + z) is then a multiply-add per column, and the groups' sum. Columns of O^T
+likewise: each group of channels has its own weights, p times its scale. 4 query heads and 2 groups fill the 8 columns
+that a product has anyway. Scales meet each code where there are many groups, and in float32: what the factored form
+cancels is below a half's precision, but not below a float's.
 
 `attend_merge_kernel` merges the splits by their log-sum-exp: the body's in the values' basis, then the tail's. A store
 without body whose tail is one split needs no merging.
@@ -20,7 +20,7 @@ without body whose tail is one split needs no merging.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -89,7 +89,7 @@ def _query_rows(q, r, stop, n_queries, q_head, q_token, signs, D: tl.constexpr, 
 
 @triton.jit
 def _query_streams(x, G: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr):
-    """Return the operands of rows x [R, W * S], a tuple of S tiles T [W, R * max(G, 1)], and the groups' sums [R, G]."""
+    """Return the operands of rows x [R, W * S]: S tiles T [W, R * max(G, 1)]; and the groups' sums [R, max(G, 1)]."""
     R: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1] // S
     C: tl.constexpr = R * G if G > 1 else R
@@ -226,9 +226,10 @@ def _attend_rows(
 
     for start in tl.range(bound(lo), bound(hi), TILE, num_stages=STAGES):
         rows = start + tl.arange(0, TILE)
-        live = rows < hi
+        # Not rows < hi: that would be compared in the 64 bits of the offsets.
+        live = tl.arange(0, TILE) < hi - start
         words = load_words(keys_codes0, keys_codes1, first, rows, live, D, K_WORDS, K_KIND, K_BITS, False)
-        k = streams(words, keys_levels, K_KIND, K_BITS, K_STREAMS, KT)
+        k = streams(words, keys_levels, K_KIND, K_BITS, K_STREAMS, False, KT)
         if K_KIND == _CHANNEL or (K_KIND == _AFFINE and K_GROUPS == 0):
             k = _dequantized(k, keys_scales, keys_offsets, first, start, rows, live, D, K_WORDS, K_STREAMS, K_KIND,
                              K_GROUP, TILE, False, KT)  # fmt: skip
@@ -280,7 +281,7 @@ def _attend_rows(
         total = total * shrink + p
 
         words = load_words(values_codes0, values_codes1, first, rows, live, DV, V_WORDS, V_KIND, V_BITS, True)
-        v = streams(words, values_levels, V_KIND, V_BITS, V_STREAMS, VT)
+        v = streams(words, values_levels, V_KIND, V_BITS, V_STREAMS, True, VT)
         weights = p
         if V_GROUPS > 0:
             v_sizes = _row_numbers(values_scales, first, rows, live, DV // V_GROUP, VG)
@@ -317,7 +318,8 @@ def _attend_rows(
         at = (r // n_queries).to(tl.int64) * out_head + token.to(tl.int64) * out_token
     else:
         at = (i_lane.to(tl.int64) * n_rows + r) * n_splits + i_split
-        tl.store(lse + at, peak - LIFT + tl.log2(weight), mask=r < stop)
+        # The largest weight is 2^LIFT; without any the peak is -inf.
+        tl.store(lse + at, peak - LIFT + tl.log2(tl.maximum(weight, 1.0)), mask=r < stop)
         at = at * POSITIONS
     over = 1.0 / tl.maximum(weight, 1e-30)
     w = tl.arange(0, V_WORDS)
@@ -392,7 +394,7 @@ def attend_decode_kernel(
         lo = i_split * step
         hi = tl.minimum(lo + step, n_held)
         # A lone split writes its output even where it sees nothing.
-        if WHOLE or lo < hi:
+        if (lo < hi) | WHOLE:
             _attend_rows(
                 q, tail_keys, None, None, None, None, None, tail_values, None, None, None, None,
                 tail_bias, mask, mask_column, mask_head, mask_token, sink_logits,
@@ -489,3 +491,168 @@ def attend_merge_kernel(
 
 _DECODE = TritonKernel(attend_decode_kernel)
 _MERGE = TritonKernel(attend_merge_kernel)
+
+
+# Launches
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a launch divides its work."""
+
+    tile: int = 32
+    """Rows of the body that a program takes at a time; fewer where a block of the planes has fewer."""
+    warps: int = 1
+    stages: int = 3
+    """Tiles of the body that are on their way or being computed."""
+    programs: int = 8
+    """Splits are made until each processor has as many programs."""
+    least_rows: int = 128
+    """Rows of a split of the body, at least."""
+    tail_tile: int = 16
+    tail_stages: int = 2
+    tail_rows: int = 64
+    """Rows of a split of the tail, unless there were more than MAX_TAIL_SPLITS."""
+
+
+MAX_TAIL_SPLITS = 64
+MERGE_CHUNK = 32
+"""Splits that are merged at a time."""
+
+
+def attend_decode(
+    store: LayerStore,
+    queries: Tensor,
+    *,
+    scale: float,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+    window: int = 0,
+    numbers: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """Return ``[B, Hq, L, Dv]``: `kvmlx.attention.attend` for ``queries [B, Hq, L, D]``, L small, as two launches.
+
+    Args:
+        store: rows to attend over, of codecs that `formats.unsupported` has nothing against.
+        queries: float16, bfloat16 or float32, in the dtype of the store's exact rows.
+        scale: factor of the logits.
+        sinks: logits ``[Hq]`` that take attention and give no value.
+        mask: bool (True = seen) or additive ``[B or 1, Hq or 1, L or 1, T]``.
+        window: newest tokens that a token sees, itself included; 0: all.
+        numbers: where the kernel reads the lengths instead, for launches that are captured (`operands`).
+        config: how the work is divided; None: `configuration`.
+    """
+    x = operands(store, queries, scale=scale, mask=mask, window=window, numbers=numbers)
+    b, hq, n, _ = queries.shape
+    dtype, device = queries.dtype, queries.device
+    config = config or configuration(x)
+    constants = _constants(x.keys, x.values, x.key_dim, x.value_dim, dtype, x.group * n, config)
+    n_blocks = -(-x.group * n // constants["ROWS"])
+    n_body, n_tail = splits(x, n_blocks, config, processors(device))
+    whole = n_body + n_tail == 1
+    # As the next layer wants it, heads of a token together; handed out as [B, Hq, L, Dv].
+    out = torch.empty((b, n, hq, x.value_dim), dtype=dtype, device=device).transpose(1, 2)
+    sizes = {"n_body": n_body, "n_tail": n_tail}
+    place = {"out_batch": out.stride(0), "out_head": out.stride(1), "out_token": out.stride(2)}
+    given = {} if sinks is None else {"sink_logits": sinks}
+    absent = {"sink_logits": None} if sinks is None else {}
+    if whole:
+        partial, lse = out, out
+    else:
+        partial = torch.empty((b * hq * n, n_body + n_tail, constants["POSITIONS"]), dtype=dtype, device=device)
+        lse = torch.empty((b * hq * n, n_body + n_tail), dtype=torch.float32, device=device)
+    flags = {"WINDOWED": window > 0, "WHOLE": whole}
+    _DECODE(
+        (n_blocks, n_body + n_tail, b * x.n_kv_heads),
+        x.arguments | sizes | place | given | {"partial": partial, "lse": lse},
+        x.constants | constants | flags | absent,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if whole:
+        return out
+    merged = {"partial": partial, "lse": lse, "out": out, "n_heads": hq, "n_queries": n} | sizes | place | given
+    compiled = {name: constants[name] for name in ("V_STREAMS", "V_WORDS", "POSITIONS")} | absent
+    compiled |= {"DV": x.value_dim, "V_ROTATED": x.values.rotated, "CHUNK": MERGE_CHUNK}
+    if x.values.rotated:
+        merged["signs"] = x.arguments["values_signs"]
+    else:
+        compiled["signs"] = None
+    _MERGE((b * hq * n,), merged, compiled, num_warps=4)
+    return out
+
+
+def takes(store: LayerStore, queries: Tensor) -> bool:
+    """Whether this kernel attends, and not prefill's: for a few new tokens."""
+    return queries.shape[2] <= MAX_QUERIES
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Return the multiprocessors of a device; on a CPU those of an H100, so that work is divided as there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def splits(x: Operands, n_blocks: int, config: Config, n_processors: int) -> tuple[int, int]:
+    """Return the splits of the body and of the tail."""
+    n_tail = max(1, min(MAX_TAIL_SPLITS, -(-x.tail_rows // config.tail_rows)))
+    if not x.constants["BODY"]:
+        return 0, n_tail
+    wanted = n_processors * config.programs // (x.n_batch * x.n_kv_heads * n_blocks) - n_tail
+    return max(1, min(wanted, -(-x.body_rows // config.least_rows))), n_tail
+
+
+def configuration(x: Operands) -> Config:
+    """Return the configuration that a launch takes."""
+    return Config()
+
+
+def configurations(x: Operands) -> Iterator[Config]:
+    """Yield what is worth measuring on a GPU, the default first."""
+    yield configuration(x)
+
+
+@lru_cache(maxsize=1024)
+def _constants(
+    keys: Format, values: Format, dim: int, value_dim: int, dtype: torch.dtype, n_rows: int, config: Config
+) -> dict[str, Any]:
+    """Return what is compiled in besides `Operands.constants`."""
+    float32 = dtype == torch.float32
+    made = _side("K", keys, dim, float32) | _side("V", values, value_dim, float32)
+    groups = max(1, made["K_GROUPS"], made["V_GROUPS"])
+    block = max(keys.block, values.block)
+    tile = min(config.tile, block) if block >= 16 else config.tile
+    pv = _words(value_dim)
+    return made | {
+        "P": _words(dim),
+        "PV": pv,
+        "POSITIONS": max(pv, made["V_STREAMS"] * made["V_WORDS"]),
+        "ROWS": max(-(-COLUMNS // groups), min(_power_of_two_from(n_rows), MAX_COLUMNS // groups)),
+        "TILE": tile,
+        "UNIT": max(tile, block),
+        "STAGES": config.stages,
+        "TAIL_TILE": config.tail_tile,
+        "TAIL_STAGES": config.tail_stages,
+    }
+
+
+def _side(name: str, fmt: Format, dim: int, float32: bool) -> dict[str, Any]:
+    n = streams_of(fmt)
+    groups = _power_of_two_from(dim // fmt.group) if fmt.kind == AFFINE and not float32 else 0
+    return {
+        f"{name}_STREAMS": n,
+        f"{name}_WORDS": _words(dim, n),
+        f"{name}_GROUPS": groups if groups <= MAX_GROUPS else 0,
+        f"{name}_FACTOR": level_factor(fmt, dim, float32),
+    }
+
+
+def _words(dim: int, n_streams: int = 1) -> int:
+    """Return the words of a row of n streams, padded to a power of two that the matrix units take."""
+    return max(16, _power_of_two_from(dim) // n_streams)
+
+
+def _power_of_two_from(n: int) -> int:
+    """Return the smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()

@@ -127,6 +127,48 @@ def ptx(bits: int, centered: bool) -> str:
     return code.text()
 
 
+@cache
+def table_ptx(bits: int) -> str:
+    """Return PTX that makes of two words each stream's pair of levels, exactly, for code books of 2 and 4 bits.
+
+    ``prmt`` looks four bytes up among eight, by nibbles: once for the levels' low bytes, once for the high ones. It is of
+    another pipe than the polynomial's multiply-adds: one side with each keeps both busy.
+    """
+    n = codes_per_word(bits)
+    code = _Code()
+    # Words a and b become the bytes a0 b0 a1 b1: two nibbles of each are the selectors of one look-up.
+    y = code.new(f"prmt.b32 {{}}, ${n}, ${n}, 0x3120;")
+    half = 1 << bits - 1
+    levels = (layout.code_book(bits) / POLYNOMIALS[bits][0]).astype(np.float16)
+    table = levels[half:] if bits == 4 else levels
+    low, high = table.view(np.uint8).reshape(-1, 2).T
+    words = [code.new(f"mov.b32 {{}}, 0x{int(x):08x};") for x in (*low.copy().view("<u4"), *high.copy().view("<u4"))]
+    lows, highs = words[: len(words) // 2], words[len(words) // 2 :]
+    if bits == 4:
+        # A code below 8 is looked up as 7 less it, and its level's sign is turned.
+        positive = code.new(f"shr.u32 {{}}, {y}, 3;")
+        positive = code.new(f"and.b32 {{}}, {positive}, 0x11111111;")
+        positive = code.new(f"mul.lo.u32 {{}}, {positive}, 7;")
+        selectors = [(code.new(f"lop3.b32 {{}}, {y}, {positive}, 0x77777777, 0x82;"), (0, 1), (2, 3))]
+        moved = code.new(f"shl.b32 {{}}, {y}, 4;")
+    else:
+        odd = code.new(f"shr.u32 {{}}, {y}, 2;")
+        even, odd = (code.new(f"and.b32 {{}}, {x}, 0x33333333;") for x in (y, odd))
+        selectors = [(even, (0, 2), (4, 6)), (odd, (1, 3), (5, 7))]
+        moved = ""
+    for selector, *streams_ in selectors:
+        for i, pair in enumerate(streams_):
+            at = code.new(f"shr.u32 {{}}, {selector}, 16;") if i else selector
+            low = code.new(f"prmt.b32 {{}}, {lows[0]}, {lows[-1]}, {at};")
+            high = code.new(f"prmt.b32 {{}}, {highs[0]}, {highs[-1]}, {at};")
+            if moved:
+                sign = code.new(f"prmt.b32 {{}}, {moved}, {y}, 0x{(0xD9C8, 0xFBEA)[i]:x};")
+                high = code.new(f"lop3.b32 {{}}, {high}, {sign}, 0x80808080, 0xd2;")
+            for stream, lanes in zip(pair, (0x6240, 0x7351), strict=True):
+                code.lines.append(f"prmt.b32 ${stream}, {low}, {high}, 0x{lanes:x};")
+    return code.text()
+
+
 class _Code:
     """Lines of PTX and their temporary registers."""
 
@@ -182,7 +224,7 @@ def compile_time(f: Callable[..., Any]) -> Any:
 
 
 _compiled_for_nvidia = compile_time(lambda backend: backend == "cuda")
-_assembly = compile_time(lambda _, bits, centered: ptx(bits, centered))
+_assembly = compile_time(lambda _, bits, centered, table: table_ptx(bits) if table else ptx(bits, centered))
 _registers = compile_time(lambda _, bits: _constraints(bits))
 _halves = compile_time(lambda _, bits: (tl.float16,) * codes_per_word(bits))
 _terms = compile_time(lambda _, bits: len(POLYNOMIALS[bits]))
@@ -206,7 +248,7 @@ def product(a, b, acc):
 def bound(x):
     """Return a bound of a loop: NumPy 2.4 makes no integer of the interpreter's arrays of one element."""
     if INTERPRETED:
-        return int(x.handle.data.item())
+        return x if isinstance(x, int) else int(x.handle.data.item())
     return x
 
 
@@ -270,11 +312,12 @@ def _load_bytes(p, first, rows, live, N: tl.constexpr, W: tl.constexpr, TURNED: 
 
 
 @triton.jit
-def streams(words, levels, KIND: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, T: tl.constexpr):
+def streams(words, levels, KIND: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, TABLE: tl.constexpr,
+            T: tl.constexpr):  # fmt: skip
     """Return the numbers that words hold: a tuple of S tiles, one for each stream, in the dtype T.
 
     Codes of affine formats; levels of code books, but for the factor `level_factor`; exact rows as they are.
-    S: `streams_of` the format. T: float16 or float32; for exact rows their own.
+    S: `streams_of` the format. TABLE: whether `table_ptx` is preferred. T: float16 or float32; of exact rows their own.
     """
     if KIND <= EXACT_KINDS:
         out = words
@@ -283,7 +326,7 @@ def streams(words, levels, KIND: tl.constexpr, BITS: tl.constexpr, S: tl.constex
         for j in tl.static_range(S):
             out += (tl.load(levels + _code(words, j, BITS).to(tl.int32)).to(T),)
     elif tl.float16 == T and _compiled_for_nvidia():
-        out = _streams_by_ptx(words, BITS, KIND == _CODEBOOK)
+        out = _streams_by_ptx(words, BITS, KIND == _CODEBOOK, TABLE and KIND == _CODEBOOK and (BITS == 2 or BITS == 4))
     else:
         out = ()
         for j in tl.static_range(S):
@@ -293,8 +336,8 @@ def streams(words, levels, KIND: tl.constexpr, BITS: tl.constexpr, S: tl.constex
 
 
 @triton.jit
-def _streams_by_ptx(words, BITS: tl.constexpr, CENTERED: tl.constexpr):
-    text: tl.constexpr = _assembly(BITS, CENTERED)
+def _streams_by_ptx(words, BITS: tl.constexpr, CENTERED: tl.constexpr, TABLE: tl.constexpr):
+    text: tl.constexpr = _assembly(BITS, CENTERED, TABLE)
     registers: tl.constexpr = _registers(BITS)
     types: tl.constexpr = _halves(BITS)
     if BITS == 1:

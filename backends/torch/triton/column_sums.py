@@ -280,9 +280,9 @@ def column_sums_kernel(
             at = (lane * group + head) * n_queries + start
             peak = tl.load(peaks + at + in_tile, mask=exists, other=float("inf"))
             inverse = tl.load(inverses + at + in_tile, mask=exists, other=0.0)
-            weights = tl.exp2((s - peak[:, None]) * factor) * inverse[:, None]
             if first + N > own + start + 1:
-                weights = tl.where(key[None, :] <= (own + query)[:, None], weights, 0.0)
+                s = tl.where(key[None, :] <= (own + query)[:, None], s, float("-inf"))
+            weights = tl.exp2((s - peak[:, None]) * factor) * inverse[:, None]
             sums = tl.maximum(sums, weights) if MAXIMA else sums + weights
         result = sums.reshape(HEADS, L, N)
         result = tl.max(result, axis=1) if MAXIMA else tl.sum(result, axis=1)

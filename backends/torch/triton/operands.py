@@ -33,7 +33,7 @@ from torch import Tensor
 from kvmlx import layout
 from kvmlx.backends.formats import CODEBOOK, EXACT, Format, format_of, levels
 from kvmlx.backends.torch.triton.launch import constant, integers
-from kvmlx.store import LayerStore
+from kvmlx.store import SPAN_STEP, LayerStore
 
 SIDES = ("keys", "values")
 PLANES = ("codes0", "codes1", "scales", "offsets")
@@ -70,6 +70,8 @@ NUMBERS = (
 ARGUMENTS = (*POINTERS, *NUMBERS)
 UNALIGNED = ("mask",)
 """Pointers for ``do_not_specialize_on_alignment``: what a caller cuts out of something larger."""
+_SPAN_STEP = tl.constexpr(SPAN_STEP)
+"""Of which a lane's start is a multiple: numbers of single rows are read several at a time."""
 HEADER = 4
 """Numbers before the lanes in `numbers_of`, so that these are aligned."""
 
@@ -208,7 +210,8 @@ def counts(numbers, end, first, body_rows):
 @triton.jit
 def lane_of(lanes, i_lane):
     """Return start, length and begin of a lane; the start in 64 bits, since it becomes an offset."""
-    return tl.load(lanes + 3 * i_lane).to(tl.int64), tl.load(lanes + 3 * i_lane + 1), tl.load(lanes + 3 * i_lane + 2)
+    start = tl.multiple_of(tl.load(lanes + 3 * i_lane), _SPAN_STEP)
+    return start.to(tl.int64), tl.load(lanes + 3 * i_lane + 1), tl.load(lanes + 3 * i_lane + 2)
 
 
 def _lanes(store: LayerStore) -> np.ndarray:

@@ -1,20 +1,24 @@
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnbound=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 """Attention of a chunk of new tokens over a store, flash style: rows are dequantized in registers, tile by tile.
 
 One program takes BLOCK_M query rows of a KV head, its query heads at one token after another, through the body and then
-through the tail; each tile goes from its planes through registers and shared memory to the matrix units, and only the
-output is written. A tile is dequantized by every block of rows that reads it: with 128 of them a value that costs 2
-instructions (4 bits) stands beside 128 multiply-adds on the matrix units and half a weight of the softmax, which costs
-5. Counted in the machine code for sm_90 (`int4`, D = 128, 64 rows a tile), a warp issues 457 instructions a tile where
-exact rows take 340; the matrix units need as long as for dense attention. No GPU was there to measure it.
+through the tail. A tile goes from its planes through registers and shared memory to the matrix units, and only the
+output is written. The accumulator leaves the values' rotated basis once, between body and tail.
 
-A chunk that has too few query rows to fill the device is split along the rows too, into as many programs as the device runs at
-once, and merged by log-sum-exp. What that needs is the only scratch memory: at most `Config.programs` blocks of float32
-outputs per multiprocessor, whatever the history; nothing where the query rows suffice.
+What dequantizing costs: every block of query rows that reads a tile dequantizes it, so with 128 of them a value, which
+takes 2 instructions (`int4`), stands beside 128 multiply-adds on the matrix units and half a weight of the softmax,
+which takes 8. Counted in the machine code for sm_90 (scripts/compile_triton.py; D = 128, tiles of 128 rows), a warp
+issues 794 instructions a tile where exact rows take 522, 8 warps share 4 schedulers, and the matrix units need 2048
+cycles: the same as dense attention where all that overlaps, 1.2 times as long where nothing does. No GPU was there to
+measure it.
 
-Products with rows of the body are of halves also where the model computes in bfloat16: what is dequantized holds no more.
-Each query row is divided by a power of two first, so its size cannot leave a half's range.
+A chunk that has too few query rows to fill the device is split along the store's rows too, into as many programs as
+the device runs at once, merged by log-sum-exp. What that needs is the only scratch memory: at most `Config.programs`
+blocks of float32 outputs per multiprocessor, whatever the history, and none where the query rows suffice.
+
+Products with dequantized rows are of halves also where the model computes in bfloat16: codes and scales hold no more.
+Each query row is divided by a power of two first, so that its size cannot leave a half's range.
 """
 
 from __future__ import annotations
@@ -30,7 +34,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kvmlx.backends.formats import FLOAT32
-from kvmlx.backends.torch.triton.attend import processors
 from kvmlx.backends.torch.triton.codecs import bound, product
 from kvmlx.backends.torch.triton.launch import TritonKernel, constant
 from kvmlx.backends.torch.triton.operands import NUMBERS, SIDES, UNALIGNED, Operands, counts, lane_of, operands
@@ -55,7 +58,7 @@ _SIDE = tl.constexpr(128)
 
 @triton.jit
 def _power_of_two(x):
-    """Return the powers of two that bring the rows of float32 x [R, C] to within -2 .. 2 as divisors, and 1 over them."""
+    """Return the powers of two that divide the rows of float32 x [R, C] to within -2 .. 2, and 1 over them."""
     bits = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
     return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
 
@@ -182,9 +185,9 @@ def _add_rows(
 ):  # fmt: skip
     """Take rows begin .. stop of a lane's body or tail into the softmax.
 
-    Tiles within all_begin .. all_stop, which every query row sees whole, are added without a look at single rows, unless
-    a bias or a mask concerns them. lane: int64, the lane's first row. held: rows that it holds. base, before, shift: row r
-    is column r - base of the mask, and from column `before` on `shift` further.
+    Tiles within all_begin .. all_stop, which every query row sees, are added without a look at single rows, unless a
+    bias or a mask concerns them. lane: int64, the lane's first row. held: rows that it holds. base, before, shift: row
+    r is column r - base of the mask, and from column `before` on `shift` further.
     """
     n_before = 0
     n_whole = 0
@@ -285,8 +288,8 @@ def attend_prefill_kernel(
     c = tl.arange(0, P)
     d = tl.arange(0, PV)
     T: tl.constexpr = queries.dtype.element_ty
-    KT: tl.constexpr = T if T == tl.float32 or K_KIND <= _EXACT else tl.float16
-    VT: tl.constexpr = T if T == tl.float32 or V_KIND <= _EXACT else tl.float16
+    KT: tl.constexpr = T if tl.float32 == T or K_KIND <= _EXACT else tl.float16
+    VT: tl.constexpr = T if tl.float32 == T or V_KIND <= _EXACT else tl.float16
     q_row = sequence.to(tl.int64) * q_batch + head.to(tl.int64) * q_head + token.to(tl.int64) * q_token
     q_at = queries + (tl.multiple_of(q_row, _ALIGNED)[:, None] + c[None, :])
     q_mask = exists[:, None] & (c < D)[None, :]
@@ -309,7 +312,7 @@ def attend_prefill_kernel(
             body_factor = factor * size
             if K_ROTATED:
                 signs = tl.load(keys_signs + c, mask=c < D, other=0.0)
-                q = _hadamard(q * signs[None, :], D & -D, 2 if T == tl.float32 else 1)
+                q = _hadamard(q * signs[None, :], D & -D, 2 if tl.float32 == T else 1)
             q = q.to(KT)
         k0, k1, k2, k3 = _table(keys_table)
         v0, v1, v2, v3 = _table(values_table)
@@ -397,7 +400,7 @@ class Config:
     """Tiles on their way at once, the one that is computed included."""
     programs: int = 1
     """Programs that a multiprocessor is given, before which rows are not split."""
-    least_tiles: int = 8
+    least_tiles: int = 4
     """Tiles of a split, at least."""
 
 
@@ -434,7 +437,7 @@ def attend_prefill(
     # As the next layer wants it, heads of a token together; handed out as [B, Hq, L, Dv].
     out = torch.empty((b, n, hq, x.value_dim), dtype=queries.dtype, device=queries.device)
     n_blocks = -(-x.group * n // config.block_m)
-    n_splits = splits(x, n_blocks, config, processors(queries.device))
+    n_splits = splits(x, n_blocks, config, _processors(queries.device))
     given: dict[str, Tensor | None] = {"out": out, "sink_logits": sinks, "partial": None, "lse": None}
     if n_splits > 1:
         made = {"dtype": torch.float32, "device": queries.device}
@@ -490,35 +493,41 @@ def splits(x: Operands, n_blocks: int, config: Config, n_processors: int) -> int
 
 
 def configuration(x: Operands) -> Config:
-    """Return the configuration that a launch takes: by head dim, dtype and kind of GPU, not by any length."""
+    """Return the configuration that a launch takes: by head dims, dtype and kind of GPU, not by any length."""
     queries = x.arguments["queries"]
     assert isinstance(queries, Tensor)
+    narrow = max(x.key_dim, x.value_dim) <= 128
     if queries.dtype == torch.float32:
         # Without the matrix units, operands and sums of a product are registers of every thread.
         return Config(32, 16, 8, 1)
     if torch.version.hip:
         return Config(64, 32, 4, 1)
-    if max(x.key_dim, x.value_dim) <= 128:
-        return Config(128, 64, 8)
-    return Config(128, 32, 8) if _has_wgmma(queries.device) else Config(64, 32, 4)
+    if _has_wgmma(queries.device):
+        return Config(128, 128 if narrow else 32, 8)
+    return Config(128, 64, 8) if narrow else Config(64, 32, 4)
 
 
 def configurations(x: Operands) -> Iterator[Config]:
     """Yield what is worth measuring on a GPU, the default first: some need more shared memory than a GPU has.
 
-    With 4 warps two programs share a multiprocessor, and one dequantizes while the other multiplies; with 8, a tile
-    serves more query rows a thread. Counted for sm_90, `int4`, D = 128, instructions of a multiprocessor per 128 query
-    rows and 64 rows: 3656 with (128, 64, 8), 3168 with (128, 128, 8), 5120 with (64, 64, 4), 4784 with (128, 32, 4).
+    Long tiles have fewer maxima and barriers for a row. With 8 warps a program has a multiprocessor for itself; with 4,
+    two share it, and one can dequantize while the other multiplies.
     """
     default = configuration(x)
     yield default
-    rows = (128, 64, 32) if max(x.key_dim, x.value_dim) <= 128 else (64, 32)
+    tiles = (128, 64, 32) if max(x.key_dim, x.value_dim) <= 128 else (64, 32)
     for block_m, warps, programs in ((128, 8, 1), (64, 4, 2), (128, 4, 2), (256, 8, 1)):
-        for block_n in rows:
+        for block_n in tiles:
             for stages in (2, 3, 1):
                 config = Config(block_m, block_n, warps, stages, programs)
                 if config != default:
                     yield config
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Return how many multiprocessors a device has; interpreted, as many as an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @lru_cache

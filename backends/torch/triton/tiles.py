@@ -1,12 +1,14 @@
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
 """Tiles of rows on their way to the matrix units: read from their planes and dequantized in registers.
 
-`tile` gives rows of one side, ``[ROWS, P]``, channels in their order. It is written twice. The plain way unpacks byte by
-byte and scales in float32: it runs in the interpreter and on any GPU. On NVIDIA, and but for float32, the formats of
-`_ptx` go through pairs of halves in 32-bit registers, two codes an instruction and without a conversion: a byte is copied into
-both lanes, each keeps one code where it stands, and OR puts it into the mantissa of the power of two at which it counts
-as an integer (1024 at bit 0, 64 at bit 4). Subtracting that power leaves the code, exactly; one multiply-add applies
-scale and zero. For two values that is 4 instructions with 4 bits, 3 with 8, 3.5 with 2. The levels of a code book of 2 to 5
-bits are looked up in registers: `prmt` takes four bytes out of eight.
+`tile` gives rows of one side, ``[ROWS, P]``, channels in order, and is written twice. The plain way unpacks byte by
+byte and scales in float32: it runs in the interpreter and on any GPU. On NVIDIA, but for float32 models, most formats
+(`ptx_of`) go through pairs of halves in 32-bit registers, two codes an instruction and without a conversion: a byte is
+copied into both lanes, each keeps one code where it stands, and OR puts it into the mantissa of the power of two that
+makes an integer of it there (1024 at bit 0, 64 at bit 4). Subtracting that power leaves the code, exactly; one
+multiply-add applies scale and zero. For two values that is 4 instructions with 4 bits, 3 with 8, 3.5 with 2. The levels
+of a code book of 2 to 5 bits are looked up in registers: `prmt` takes four bytes out of eight.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import triton.language as tl
 
 from kvmlx import layout
 from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, FLOAT32, Format
+from kvmlx.backends.torch.triton.codecs import compile_time
 
 _AFFINE = tl.constexpr(AFFINE)
 _CHANNEL = tl.constexpr(CHANNEL)
@@ -39,10 +42,6 @@ LOOKED_UP = (2, 3, 4, 5)
 # PTX
 
 
-def _repeat(byte: int) -> str:
-    return f"0x{byte:x}{byte:x}{byte:x}{byte:x}"
-
-
 @cache
 def codes_ptx(bits: int) -> str:
     """Return PTX that makes the codes of 8 channels pairs of halves: $0 to $3 of $4 (and $5, the second plane).
@@ -50,35 +49,40 @@ def codes_ptx(bits: int) -> str:
     A plane's 8 codes lie in one register, as they are stored; those of 8 bits in one of 64 bits.
     """
     low, *more = layout.plane_bits(bits)
-    high = more[0] if more else 0
-    lines = [".reg .b32 t, u, v, w0, w1, o;"]
+    lines = [".reg .b32 t, u, v, a, b;"]
     if low == 8:
-        lines += ["mov.b64 {w0, w1}, $4;", "mov.b32 o, 0x64646464;"]
+        lines += ["mov.b64 {a, b}, $4;", "mov.b32 u, 0x64646464;", "mov.b32 v, 0xe400e400;"]
+        for pair in range(4):
+            lines += [
+                f"prmt.b32 t, {'aabb'[pair]}, u, 0x{(0x4140, 0x4342)[pair % 2]:x};",
+                f"add.rn.f16x2 ${pair}, t, v;",
+            ]
+        return _block(lines)
     for pair in range(4):
         byte, at = divmod(2 * pair * low, 8)
-        if low == 8:
-            first, at, step = byte % 4, 0, 0
-            lines += [f"prmt.b32 t, w{byte // 4}, o, 0x4{first + 1}4{first};"]
-        else:
-            step = low
-            field = (1 << low) - 1
-            lines += [f"prmt.b32 t, $4, 0, {_repeat(byte)};"]
-        # The power of two of a half's exponent field 25 - k counts bit k as 1.
-        power = (25 - at) << 10 | (25 - at - step) << 26
-        if low != 8:
-            lines += [f"mov.b32 o, 0x{power:08x};", f"lop3.b32 t, t, 0x{field << at | field << at + step + 16:08x}, o, 0xea;"]
-        if high:
-            held, here = divmod(2 * pair * high, 8)
-            if here == 0:
-                # The second of a pair moves `low - high` further than the first: both at once by one multiplication.
-                lines += [f"prmt.b32 u, $5, 0, 0x444{held};", f"mul.lo.u32 u, u, 0x{1 | 1 << 16 + low - high:x};"]
-            shift = at + low - here
-            lines += [f"{'shl.b32' if shift >= 0 else 'shr.u32'} v, u, {abs(shift)};"]
-            field = (1 << high) - 1
-            mask = field << at + low | field << at + 2 * low + 16
-            lines += [f"lop3.b32 t, v, 0x{mask:08x}, t, 0xea;"]
-        lines += [f"mov.b32 w0, 0x{power | 0x80008000:08x};" if low != 8 else "mov.b32 v, 0xe400e400;"]
-        lines += [f"add.rn.f16x2 ${pair}, t, {'w0' if low != 8 else 'v'};"]
+        # The half with exponent field 25 - k counts bit k of its mantissa as 1.
+        power = (25 - at) << 10 | (25 - at - low) << 26
+        lines += [f"prmt.b32 t, $4, 0, 0x{1111 * byte};", f"mov.b32 v, 0x{power:08x};"]
+        lines += [f"lop3.b32 t, t, 0x{_pair_mask(low, at, at + low):08x}, v, 0xea;"]
+        if more:
+            high = more[0]
+            byte, bit = divmod(2 * pair * high, 8)
+            if bit == 0:
+                # A pair's second code moves `low - high` bits further than its first: one product moves both.
+                lines += [f"prmt.b32 u, $5, 0, 0x444{byte};", f"mul.lo.u32 u, u, 0x{1 | 1 << 16 + low - high:x};"]
+            left = at + low - bit
+            lines += [f"{'shl.b32' if left >= 0 else 'shr.u32'} v, u, {abs(left)};"]
+            lines += [f"lop3.b32 t, v, 0x{_pair_mask(high, at + low, at + 2 * low):08x}, t, 0xea;"]
+        lines += [f"mov.b32 v, 0x{power | 0x80008000:08x};", f"add.rn.f16x2 ${pair}, t, v;"]
+    return _block(lines)
+
+
+def _pair_mask(width: int, low_lane: int, high_lane: int) -> int:
+    """Return ones for a field of ``width`` bits from a bit of each lane on."""
+    return (1 << width) - 1 << low_lane | (1 << width) - 1 << high_lane + 16
+
+
+def _block(lines: list[str]) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
@@ -117,7 +121,7 @@ def levels_ptx(bits: int) -> str:
             lines += [f"prmt.b32 z, s, 0, {bytes_of_half};", "shl.b32 y, z, 4;"]
             lines += ["lop3.b32 h, y, 0x00800080, h, 0x6a;", "lop3.b32 h, z, 0x80008000, h, 0x6a;"]
         lines += [f"prmt.b32 ${2 * half}, l, h, 0x5140;", f"prmt.b32 ${2 * half + 1}, l, h, 0x7362;"]
-    return "{ " + " ".join(lines) + " }"
+    return _block(lines)
 
 
 def _spread(to: str, of: str, steps: tuple[tuple[int, int], ...]) -> list[str]:
@@ -141,23 +145,16 @@ def table_of(fmt: Format, dim: int) -> np.ndarray | None:
     return np.ascontiguousarray(halves.view(np.uint8).reshape(2, 8, 2).transpose(0, 2, 1)).reshape(-1).view(np.int64)
 
 
-def _ptx(kind: Any, bits: Any, dtype: Any, _semantic: Any = None, _builder: Any = None) -> Any:
-    """Return the PTX for a format (constexpr), None where the plain way is taken: what is compiled for decides."""
-    # Triton hands itself to what it takes for its own; the interpreter, and Triton before 3.4, do it differently.
-    builder = getattr(_semantic, "builder", _builder)
-    kind, bits, dtype = (getattr(x, "value", x) for x in (kind, bits, dtype))
-    if builder is None:
-        return None
-    text = None
-    if builder.options.backend_name == "cuda" and dtype == tl.float16:
-        if kind in (AFFINE, CHANNEL):
-            text = codes_ptx(bits)
-        elif bits in LOOKED_UP:
-            text = levels_ptx(bits)
-    return tl.constexpr(text)
+def ptx_of(backend: str, kind: int, bits: int, dtype: Any) -> str:
+    """Return the PTX of a format's tiles, nothing where they are made the plain way."""
+    if backend != "cuda" or dtype != tl.float16 or kind <= FLOAT32:
+        return ""
+    if kind == CODEBOOK:
+        return levels_ptx(bits) if bits in LOOKED_UP else ""
+    return codes_ptx(bits)
 
 
-_ptx.__triton_builtin__ = True  # type: ignore[attr-defined]
+_ptx = compile_time(ptx_of)
 
 
 # Kernels
@@ -201,20 +198,18 @@ def _twice(x):
 
 
 @triton.jit
-def _of_groups(p, first, r, valid, D: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, CHECKED: tl.constexpr):
+def _of_groups(p, first, r, valid, D: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr,
+               CHECKED: tl.constexpr):  # fmt: skip
     """Return a number per row and group for every channel: float32 [ROWS, P], or pairs of halves [ROWS, P // 2]."""
     g = tl.arange(0, P // GROUP)
     N: tl.constexpr = D // GROUP
     x = _load(p + first * N + (r[:, None] * N + g[None, :]), valid, g < N, CHECKED, P != D)
-    if PAIRS:
-        x = _repeat_columns(_twice(x), GROUP // 2)
-    else:
-        x = _repeat_columns(x.to(tl.float32), GROUP)
-    return x
+    return _repeat_columns(_twice(x), GROUP // 2) if PAIRS else _repeat_columns(x.to(tl.float32), GROUP)
 
 
 @triton.jit
-def _of_blocks(p, first, left, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, PAIRS: tl.constexpr, CHECKED: tl.constexpr):
+def _of_blocks(p, first, left, ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
+               PAIRS: tl.constexpr, CHECKED: tl.constexpr):  # fmt: skip
     """Return a number per channel and GROUP rows for every row: float32 [ROWS, P], or pairs of halves [ROWS, P // 2].
 
     The tile's rows are whole blocks, or lie within one. left: rows of the lane from the tile's first on.
@@ -291,27 +286,10 @@ def _scaled(x, scales, zeros):
 
 @triton.jit
 def tile(
-    codes0,
-    codes1,
-    scales,
-    offsets,
-    levels,
-    t0,
-    t1,
-    t2,
-    t3,
-    lane,
-    row,
-    stop,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    KIND: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    T: tl.constexpr,
-    CHECKED: tl.constexpr,
-):
+    codes0, codes1, scales, offsets, levels, t0, t1, t2, t3, lane, row, stop,
+    ROWS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    T: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
     """Return rows ``row`` to ``row + ROWS`` of a lane in the codec's basis: T [ROWS, P], P >= D.
 
     codes0 .. levels: the side's planes (`operands`). t0 .. t3: `table_of`, where there is one. lane: int64, the lane's
@@ -327,7 +305,7 @@ def tile(
         x = _load(codes0 + first * D + (r[:, None] * D + c[None, :]), valid, c < D, CHECKED, P != D)
     else:
         ASM: tl.constexpr = _ptx(KIND, BITS, T)
-        PAIRS: tl.constexpr = ASM is not None
+        PAIRS: tl.constexpr = ASM != ""
         LOW: tl.constexpr = 2 if BITS == 3 else 4 if BITS == 5 or BITS == 6 else BITS
         HIGH: tl.constexpr = BITS - LOW
         if KIND == _AFFINE:
@@ -339,10 +317,7 @@ def tile(
         else:
             one = tl.arange(0, 1)
             s = _load(scales + first + (r[:, None] + one[None, :]), valid, one == 0, CHECKED, False)
-            if PAIRS:
-                s = tl.broadcast_to(_twice(s), (ROWS, P // 2))
-            else:
-                s = s.to(tl.float32)
+            s = tl.broadcast_to(_twice(s), (ROWS, P // 2)) if PAIRS else s.to(tl.float32)
             z = None
             if GROUP > 0:
                 z = _of_blocks(offsets, first, left, ROWS, D, P, GROUP, PAIRS, CHECKED)
@@ -364,20 +339,15 @@ def tile(
                     ASM, "=&r,=&r,=&r,=&r,r,r", [x, y], dtype=_FOUR, is_pure=True, pack=1
                 )
             else:
-                x0, x1, x2, x3 = tl.inline_asm_elementwise(
-                    ASM, "=&r,=&r,=&r,=&r,l" if LOW == 8 else "=&r,=&r,=&r,=&r,r", [x], dtype=_FOUR, is_pure=True, pack=1
-                )
+                REGISTERS: tl.constexpr = "=&r,=&r,=&r,=&r,l" if LOW == 8 else "=&r,=&r,=&r,=&r,r"
+                x0, x1, x2, x3 = tl.inline_asm_elementwise(ASM, REGISTERS, [x], dtype=_FOUR, is_pure=True, pack=1)
             pairs = tl.join(tl.join(x0, x2), tl.join(x1, x3)).reshape(ROWS, P // 2)
             x = _halves(_scaled(pairs, s, z))
         else:
             x = _plane(codes0, first, r, valid, D, P, LOW, CHECKED)
             if HIGH > 0:
                 x = x | (_plane(codes1, first, r, valid, D, P, HIGH, CHECKED) << LOW)
-            if KIND == _CODEBOOK:
-                x = tl.load(levels + x)
-            else:
-                x = x.to(tl.float32)
-            x = x * s
+            x = (tl.load(levels + x) if KIND == _CODEBOOK else x.to(tl.float32)) * s
             if z is not None:
                 x = x + z
             x = x.to(T)

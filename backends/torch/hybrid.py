@@ -1,0 +1,57 @@
+"""Attention beside a state-space model or a convolution in one layer: rows that kvmlx holds, states as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from kvmlx.backends.torch.cache import KVMLXLayer
+from kvmlx.session import LayerCache
+from kvmlx.types import UnsupportedModelError
+
+
+class KVMLXHybridLayer(KVMLXLayer, LinearAttentionAndFullAttentionLayer):
+    """One layer's compressed cache, and the states that transformers keeps beside it.
+
+    Args:
+        layer: the cache of the layer's attention.
+        states: transformers' own cache of the layer, empty; its states become this one's.
+        early: as KVMLXLayer has it.
+    """
+
+    is_croppable = False  # type: ignore[assignment]
+
+    def __init__(self, layer: LayerCache, states: LinearAttentionAndFullAttentionLayer, *, early: bool = False) -> None:
+        super().__init__(layer, early=early)
+        vars(self).update(vars(states) | {"is_initialized": self.is_initialized})
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        # As transformers' own layer of this kind tells the calls apart: rows come by place, states by name.
+        if args:
+            KVMLXLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        """Become empty, as it was made."""
+        KVMLXLayer.reset(self)
+        LinearAttentionLayer.reset(self)
+
+    def pick(self, rows: Sequence[int]) -> None:
+        """Become the cache of these sequences, in order."""
+        KVMLXLayer.pick(self, rows)
+        LinearAttentionLayer.reorder_cache(self, torch.tensor(rows))  # type: ignore[arg-type]
+
+    def activate_past_recording(self) -> NoReturn:
+        """Raise: a state cannot take tokens back."""
+        raise UnsupportedModelError(
+            "a layer with a recurrent state cannot take tokens back, as crop and assisted decoding do"
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raise, unless nothing is to be removed."""
+        if tokens_to_remove and self.columns:
+            self.activate_past_recording()
