@@ -165,7 +165,7 @@ def _section(side: str, known: Mapping[str, Any]) -> Iterable[str]:
         f"### Refused ({SIDES[side]})",
         "Refused when the cache is made. Where a model has plain KV caches, `full` still works: it is "
         f"{SIDES[side]}'s own computation.",
-        _grouped([(r.name, r.reason) for r in refused]),
+        _grouped([(r.name, r.reason.replace(f"{r.name} ", "it ", 1)) for r in refused]),
         f"### Not run ({SIDES[side]})",
         _grouped(known["not_run"].items()),
     )

@@ -31,7 +31,7 @@ def tiny_model(tiny_model: str) -> str:
 
 def test_help_lists_every_command(run: Run) -> None:
     output = run("--help").output
-    for command in ("generate", "chat", "server", "cache_prompt", "demo", "strategies", "explain", "doctor"):
+    for command in ("generate", "chat", "server", "cache_prompt", "demo", "strategies", "explain", "cache", "doctor"):
         assert command in output
 
 

@@ -266,7 +266,7 @@ def test_a_batch_with_left_padding_is_the_single_runs(model: Any, strategy: str)
             ids,
             attention_mask=mask,
             past_key_values=cache,
-            max_new_tokens=24,
+            max_new_tokens=16,
             do_sample=False,
             prefill_chunk_size=chunk,
         )
@@ -330,7 +330,9 @@ def test_tokens_of_ended_sequences_may_be_hidden_later(model: Any, strategy: str
     tokens = torch.cat([prompt_of(30, 1), said[:5], turn])
     want = logits_of(model, tokens[:35], alone, [30])
     want = run(model, alone, tokens[None], torch.ones_like(tokens)[None], n=12)
-    torch.testing.assert_close(out[0], want[0], rtol=1e-3, atol=1e-3)
+    assert out[0, -1].argmax() == want[0, -1].argmax()
+    if "int8" not in strategy:  # there the last real tokens came back out of the body, decoded
+        torch.testing.assert_close(out[0], want[0], rtol=1e-4, atol=1e-4)
 
 
 def test_other_masks_of_the_past_are_refused(model: Any) -> None:
@@ -427,7 +429,9 @@ def test_a_second_turn_goes_on(model: Any, strategy: str) -> None:
     for kept in (cache, twin):
         out = model.generate(first[None], past_key_values=kept, max_new_tokens=10, do_sample=False)
     whole = torch.cat([out[0], second])
-    a = model.generate(whole[None], past_key_values=cache, max_new_tokens=12, do_sample=False)[0, len(whole) :]
+    mask = torch.ones_like(whole)[None]
+    a = model.generate(whole[None], attention_mask=mask, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    a = a[0, len(whole) :]
     logits = logits_of(model, torch.cat([out[0, -1:], second]), twin, [42])
     b = [int(logits[-1].argmax())]
     while len(b) < 12:

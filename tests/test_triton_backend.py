@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -37,15 +36,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(launch.TritonKernel, "__call__", noted)
     return names
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The interpreter's many tiny operations are faster on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def held(store: LayerStore, name: str) -> list[np.ndarray]:

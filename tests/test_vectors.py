@@ -25,6 +25,7 @@ BACKENDS = [
     ("mlx", "mlx.core", "kvmlx.backends.mlx.ops"),
     ("metal", "mlx.core", "kvmlx.backends.mlx.metal.backend"),
     ("torch", "torch", "kvmlx.backends.torch.ops"),
+    ("triton", "triton", "kvmlx.backends.torch.triton.backend"),
 ]
 
 

@@ -193,9 +193,18 @@ def rotary_of(rope: Any, attention: Any, dim: int, kind: str | None) -> Rotary |
     by_kind = {"layer_type": kind} if "layer_type" in signature(rope.forward).parameters else {}
     keys_alone = "k" not in signature(apply).parameters
 
+    x = torch.zeros(1, 1, dim)
+
+    def cosines(position: int) -> Any:
+        for axes in ((), (3,)):  # some want time, height and width, which a text has in one
+            try:
+                return rope(x, torch.full((*axes, 1, 1), position), **by_kind)
+            except IndexError:
+                continue
+        return None
+
     def turn(position: int) -> np.ndarray | None:
-        x, positions = torch.zeros(1, 1, dim), torch.tensor([[position]])
-        out = rope(x, positions, **by_kind)
+        out = cosines(position)
         if not isinstance(out, tuple):
             return None
         cos, sin = out
