@@ -106,7 +106,8 @@ INTRODUCTION = {
     "torch": "`DynamicSlidingWindowLayer` is a sliding window or attention in chunks, `LinearAttentionLayer` the state "
     "of a state-space, linear-attention or convolution layer, `DummyLayer` a layer without a cache: it has no "
     "attention, or reads another layer's rows. The batch goes through `generate`, padded on the left. Names are "
-    "`model_type`s of `AutoModelForCausalLM`. No GPU was used.",
+    "`model_type`s of `AutoModelForCausalLM`. mistral, mixtral, ministral3, phi3, phimoe and starcoder2 are run "
+    "without a sliding window: one would be in every layer, and nothing left to compress. No GPU was used.",
 }
 """What each side's table says in words of its own."""
 
@@ -163,8 +164,8 @@ def _section(side: str, known: Mapping[str, Any]) -> Iterable[str]:
         INTRODUCTION[side],
         _markdown(COLUMNS, [row(r) for r in results]),
         f"### Refused ({SIDES[side]})",
-        "Refused when the cache is made. Where a model has plain KV caches, `full` still works: it is "
-        f"{SIDES[side]}'s own computation.",
+        "Refused when the cache is made. Where a model has plain KV caches, `full` still works: it is the library's "
+        "own computation.",
         _grouped([(r.name, r.reason.replace(f"{r.name} ", "it ", 1)) for r in refused]),
         f"### Not run ({SIDES[side]})",
         _grouped(known["not_run"].items()),

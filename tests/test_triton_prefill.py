@@ -260,7 +260,7 @@ def test_what_is_compiled_for_nvidia_and_for_others() -> None:
 @given(shape=shapes(), seed=st.integers(0, 99), split=st.booleans())
 def test_any_lengths(shape: Shape, seed: int, split: bool) -> None:
     p = make(shape, seed, backend=BACKEND)
-    config = Config(64, 64, 4, 1, least_tiles=1 if split else 64)
+    config = Config(64, 64, 4, 1, 32, 1, least_tiles=1 if split else 64)
     check(partial(attend_prefill, config=config), p)
 
 
@@ -309,7 +309,7 @@ SPLIT = [
 def test_splits_agree(shape: Shape) -> None:
     p = make(shape, backend=BACKEND)
     for least_tiles in (1, 2):
-        config = Config(64, 32, 4, 1, least_tiles=least_tiles)
+        config = Config(64, 32, 4, 1, 32, 1, least_tiles=least_tiles)
         x = operands(p.store, p.queries, scale=p.scale)
         n_splits = prefill.splits(x, -(-shape.group * shape.n_queries // 64), config, 132)
         assert n_splits >= (3 if least_tiles == 1 else 1)
@@ -321,7 +321,7 @@ def test_few_query_rows_are_split_and_many_are_not() -> None:
         x = SimpleNamespace(n_kv_heads=8, n_batch=n_batch, body_rows=body_rows, tail_rows=80)
         return prefill.splits(x, n_blocks, Config(128, 64, 8, least_tiles=4), 132)  # type: ignore[arg-type]
 
-    assert [n_splits(8192, n) for n in (1, 2, 8, 9, 17, 100)] == [16, 8, 2, 1, 1, 1]
+    assert [n_splits(8192, n) for n in (1, 2, 8, 9, 17, 100)] == [16, 8, 2, 0, 0, 0]
     assert [n_splits(rows, 1) for rows in (100, 500, 1000)] == [1, 2, 4]
     assert n_splits(8192, 1, n_batch=4) == 4
 
@@ -407,7 +407,7 @@ def test_lengths_may_come_from_the_device() -> None:
     for shape in (SHAPES[14], replace(SPLIT[0], attention_sinks=False)):
         p = make(shape, backend=BACKEND)
         numbers = torch.from_numpy(numbers_of(p.store)).to(p.queries.device)
-        check(partial(attend_prefill, numbers=numbers, config=Config(64, 32, 4, 1, least_tiles=1)), p)
+        check(partial(attend_prefill, numbers=numbers, config=Config(64, 32, 4, 1, 32, 1, least_tiles=1)), p)
 
 
 # One call or several
@@ -490,19 +490,23 @@ def test_scratch_does_not_grow_with_the_history() -> None:
         assert sum(sizes[65536]) <= bound
 
 
-def test_the_history_is_data() -> None:
-    """No length is compiled in: neither of the history, nor of the chunk, nor the batch's."""
-    launches: list[Launch] = []
-    for n, body, tail, n_batch in ((40, 64, 5, 1), (130, 640, 77, 2), (17, 512, 9, 1)):
-        shape = Shape("int4", "float16", n_kv_heads=1, n_queries=n, body=body, tail=tail, n_batch=n_batch)
-        p = make(shape, backend=BACKEND)
+@pytest.mark.parametrize("n_kv_heads", [1, 128])
+def test_the_history_is_data(n_kv_heads: int) -> None:
+    """No length is compiled in, where rows are split (1 KV head) and where they are not."""
+    launches: list[list[Launch]] = []
+    for n, body, tail, n_batch in ((40, 64, 5, 1), (50, 2560, 77, 2), (17, 512, 9, 1)):
+        shape = Shape("int4", "float16", 8, group=1, n_kv_heads=n_kv_heads, n_queries=n, body=64, n_batch=n_batch)
+        p = make(replace(shape, tail=tail), backend=BACKEND)
+        lanes = n_batch * n_kv_heads
+        p.store.planes = {k: x[:1].repeat(lanes * body, 1) for k, x in p.store.planes.items()}
+        p.store._set_layout(np.full(lanes, body), np.full(lanes, body))
         with recording() as made:
-            run(p, config=Config(128, 64, 8))
-        launches.append(made[0])
-    first, *others = launches
-    for other in others:
-        assert other.constants == first.constants and other.signature == first.signature
-        assert (other.num_warps, other.num_stages) == (first.num_warps, first.num_stages)
+            run(p, config=Config(16, 64, 8))
+        launches.append(made)
+    assert [len(made) for made in launches] == [2 if n_kv_heads == 1 else 1] * 3
+    for kernel in zip(*launches, strict=True):
+        for field in ("constants", "signature", "num_warps", "num_stages"):
+            assert len({str(getattr(launch, field)) for launch in kernel}) == 1
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter does not keep what a kernel must not be specialized for")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,12 +13,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvmlx.backends.torch.cache import PREFIX, CompressedRows, Origin, eager
+from kvmlx.backends.torch.cache import PREFIX, CompressedRows, KVMLXLayer, Origin, eager
 from kvmlx.backends.torch.models import attention_of, text_config
 from kvmlx.types import UnsupportedModelError
 
 BASES = ("sdpa", "eager")
 """Implementations that a model may have had: everything that is not a compressed cache is handed on to them."""
+
+
+def _refuse(layer: KVMLXLayer, what: str) -> NoReturn:
+    raise UnsupportedModelError(
+        f"{layer.layer.session.model.model_type} asks for {what}, which attention over a compressed cache has not"
+    )
 
 
 @eager
@@ -38,19 +44,18 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     layer = rows.layer
-    asked = {
-        "capped logits": softcap,
-        "a position bias": position_bias is not None,
-        "dropout": dropout,
-        "attention that is not causal": is_causal is False or not getattr(module, "is_causal", True),
-        "attention weights as an output": output_attentions,
-        "a mask that is not [B, H, L, T]": attention_mask is not None and getattr(attention_mask, "ndim", 0) != 4,
-    }
-    if any(asked.values()):
-        what = next(name for name, there in asked.items() if there)
-        raise UnsupportedModelError(
-            f"{layer.layer.session.model.model_type} asks for {what}, which attention over a compressed cache has not"
-        )
+    causal = is_causal is not False and getattr(module, "is_causal", True)
+    if softcap or dropout or output_attentions or position_bias is not None or not causal:
+        asked = {
+            "capped logits": softcap,
+            "dropout": dropout,
+            "attention weights as an output": output_attentions,
+            "a position bias": position_bias is not None,
+            "attention that is not causal": not causal,
+        }
+        _refuse(layer, next(name for name, there in asked.items() if there))
+    if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 4:
+        _refuse(layer, "a mask that is not [B, H, L, T]")
     arguments = {
         "scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         "mask": None if attention_mask is layer.forward.causal else attention_mask,

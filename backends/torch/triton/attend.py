@@ -20,7 +20,7 @@ without body whose tail is one split needs no merging.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -605,12 +605,43 @@ def splits(x: Operands, n_blocks: int, config: Config, n_processors: int) -> tup
 
 def configuration(x: Operands) -> Config:
     """Return the configuration that a launch takes."""
-    return Config()
+    float32 = x.arguments["queries"].dtype == torch.float32  # type: ignore[union-attr]
+    return _configuration(x.keys, x.values, x.key_dim, x.value_dim, float32, x.group * x.n_queries)
+
+
+@lru_cache(maxsize=1024)
+def _configuration(keys: Format, values: Format, dim: int, value_dim: int, float32: bool, n_rows: int) -> Config:
+    """Choose by what a program's accumulators and queries take of the registers.
+
+    Chosen by counting the instructions, registers and bytes of code compiled for an H100; nothing was measured.
+    """
+    if float32:
+        return Config(tile=16, warps=4, stages=2, programs=4)
+    rows, groups = _rows(keys, values, dim, value_dim, float32, n_rows)
+    numbers = max(_words(dim), _words(value_dim)) * rows * groups
+    if numbers > 4096:
+        return Config(tile=64, warps=4, programs=2)
+    if numbers > 2048 or (numbers > 1024 and max(dim, value_dim) > 128):
+        return Config(tile=32, warps=2, programs=4)
+    # What a tile of few bits saves is less than it costs where words are padded.
+    few_bits = {keys.bits, values.bits} <= {1, 2} or CODEBOOK in (keys.kind, values.kind)
+    padded = _words(dim) != dim or _words(value_dim) != value_dim
+    return Config(tile=64 if numbers <= 512 or (few_bits and not padded and numbers <= 1024) else 32)
 
 
 def configurations(x: Operands) -> Iterator[Config]:
     """Yield what is worth measuring on a GPU, the default first."""
-    yield configuration(x)
+    default = configuration(x)
+    yield default
+    seen = {default}
+    for tile, warps in ((32, 1), (64, 1), (64, 2), (128, 2), (64, 4), (128, 4)):
+        for stages in (3, 4, 2):
+            for warps_of_processor in (8, 12, 16):
+                programs = warps_of_processor // warps
+                config = replace(default, tile=tile, warps=warps, stages=stages, programs=programs)
+                if config not in seen:
+                    yield config
+                    seen.add(config)
 
 
 @lru_cache(maxsize=1024)
@@ -620,7 +651,7 @@ def _constants(
     """Return what is compiled in besides `Operands.constants`."""
     float32 = dtype == torch.float32
     made = _side("K", keys, dim, float32) | _side("V", values, value_dim, float32)
-    groups = max(1, made["K_GROUPS"], made["V_GROUPS"])
+    rows, _ = _rows(keys, values, dim, value_dim, float32, n_rows)
     block = max(keys.block, values.block)
     tile = min(config.tile, block) if block >= 16 else config.tile
     pv = _words(value_dim)
@@ -628,7 +659,7 @@ def _constants(
         "P": _words(dim),
         "PV": pv,
         "POSITIONS": max(pv, made["V_STREAMS"] * made["V_WORDS"]),
-        "ROWS": max(-(-COLUMNS // groups), min(_power_of_two_from(n_rows), MAX_COLUMNS // groups)),
+        "ROWS": rows,
         "TILE": tile,
         "UNIT": max(tile, block),
         "STAGES": config.stages,
@@ -639,13 +670,24 @@ def _constants(
 
 def _side(name: str, fmt: Format, dim: int, float32: bool) -> dict[str, Any]:
     n = streams_of(fmt)
-    groups = _power_of_two_from(dim // fmt.group) if fmt.kind == AFFINE and not float32 else 0
     return {
         f"{name}_STREAMS": n,
         f"{name}_WORDS": _words(dim, n),
-        f"{name}_GROUPS": groups if groups <= MAX_GROUPS else 0,
+        f"{name}_GROUPS": _groups(fmt, dim, float32),
         f"{name}_FACTOR": level_factor(fmt, dim, float32),
     }
+
+
+def _groups(fmt: Format, dim: int, float32: bool) -> int:
+    """Return the groups whose scales stay out of the products, padded to a power of two; 0: another way is taken."""
+    groups = _power_of_two_from(dim // fmt.group) if fmt.kind == AFFINE and not float32 else 0
+    return groups if groups <= MAX_GROUPS else 0
+
+
+def _rows(keys: Format, values: Format, dim: int, value_dim: int, float32: bool, n_rows: int) -> tuple[int, int]:
+    """Return the query rows of a program, and the columns that one takes."""
+    groups = max(1, _groups(keys, dim, float32), _groups(values, value_dim, float32))
+    return max(-(-COLUMNS // groups), min(_power_of_two_from(n_rows), MAX_COLUMNS // groups)), groups
 
 
 def _words(dim: int, n_streams: int = 1) -> int:

@@ -131,8 +131,8 @@ def ptx(bits: int, centered: bool) -> str:
 def table_ptx(bits: int) -> str:
     """Return PTX that makes of two words each stream's pair of levels, exactly, for code books of 2 and 4 bits.
 
-    ``prmt`` looks four bytes up among eight, by nibbles: once for the levels' low bytes, once for the high ones. It is of
-    another pipe than the polynomial's multiply-adds: one side with each keeps both busy.
+    ``prmt`` looks four bytes up among eight, by nibbles: once for the levels' low bytes, once for the high ones. It is
+    of another pipe than the polynomial's multiply-adds: one side with each keeps both busy.
     """
     n = codes_per_word(bits)
     code = _Code()

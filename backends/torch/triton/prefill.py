@@ -182,6 +182,7 @@ def _add_rows(
     D: tl.constexpr, P: tl.constexpr, K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr,
     KT: tl.constexpr, DV: tl.constexpr, PV: tl.constexpr, V_KIND: tl.constexpr, V_BITS: tl.constexpr,
     V_GROUP: tl.constexpr, VT: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Take rows begin .. stop of a lane's body or tail into the softmax.
 
@@ -194,7 +195,7 @@ def _add_rows(
     if not BIASED and MASKED == 0:
         n_before = tl.maximum(tl.cdiv(all_begin - begin, BLOCK_N), 0)
         n_whole = tl.maximum((tl.minimum(all_stop, stop) - begin) // BLOCK_N - n_before, 0)
-        for i in tl.range(0, bound(n_whole)):
+        for i in tl.range(0, bound(n_whole), num_stages=STAGES):
             acc, peak, total = _add_tile(
                 acc, peak, total, q, factor,
                 k_codes0, k_codes1, k_scales, k_offsets, k_levels, k0, k1, k2, k3,
@@ -203,7 +204,7 @@ def _add_rows(
                 lane, begin + (n_before + i) * BLOCK_N, held, row_start, row_stop,
                 D, P, K_KIND, K_BITS, K_GROUP, KT, DV, PV, V_KIND, V_BITS, V_GROUP, VT, BIASED, MASKED, False, BLOCK_N,
             )  # fmt: skip
-    for i in tl.range(0, bound(tl.cdiv(stop - begin, BLOCK_N) - n_whole)):
+    for i in tl.range(0, bound(tl.cdiv(stop - begin, BLOCK_N) - n_whole), num_stages=STAGES):
         acc, peak, total = _add_tile(
             acc, peak, total, q, factor,
             k_codes0, k_codes1, k_scales, k_offsets, k_levels, k0, k1, k2, k3,
@@ -242,7 +243,8 @@ def attend_prefill_kernel(
     K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_ROTATED: tl.constexpr,
     V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_ROTATED: tl.constexpr,
     BODY: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
-    P: tl.constexpr, PV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    P: tl.constexpr, PV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    TAIL_N: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: a block of query rows of a KV head, over a split of its rows. Grid: blocks x splits, H, B.
 
@@ -276,14 +278,14 @@ def attend_prefill_kernel(
     if partial is not None:
         # A split has its share of the tiles of body and tail, one after the other.
         n_body = tl.maximum(tl.cdiv(length - body_begin, BLOCK_N), 0)
-        n_tail = tl.maximum(tl.cdiv(tail_stop - tail_begin, BLOCK_N), 0)
+        n_tail = tl.maximum(tl.cdiv(tail_stop - tail_begin, TAIL_N), 0)
         share = tl.cdiv(n_body + n_tail, n_splits)
         lo = split * share
         hi = lo + share
         body_stop = tl.minimum(body_stop, body_begin + tl.minimum(hi, n_body) * BLOCK_N)
         body_begin += tl.minimum(lo, n_body) * BLOCK_N
-        tail_stop = tl.minimum(tail_stop, tail_begin + tl.maximum(hi - n_body, 0) * BLOCK_N)
-        tail_begin += tl.maximum(lo - n_body, 0) * BLOCK_N
+        tail_stop = tl.minimum(tail_stop, tail_begin + tl.maximum(hi - n_body, 0) * TAIL_N)
+        tail_begin += tl.maximum(lo - n_body, 0) * TAIL_N
 
     c = tl.arange(0, P)
     d = tl.arange(0, PV)
@@ -322,7 +324,7 @@ def attend_prefill_kernel(
             values_codes0, values_codes1, values_scales, values_offsets, values_levels, v0, v1, v2, v3,
             body_bias, mask_row, mask_column, 0, 0, sinks,
             start, body_begin, body_stop, body_last, length, length, body_start, tl.where(exists, length, 0),
-            D, P, K_KIND, K_BITS, K_GROUP, KT, DV, PV, V_KIND, V_BITS, V_GROUP, VT, BIASED, MASKED, BLOCK_N,
+            D, P, K_KIND, K_BITS, K_GROUP, KT, DV, PV, V_KIND, V_BITS, V_GROUP, VT, BIASED, MASKED, BLOCK_N, STAGES,
         )  # fmt: skip
         if V_ROTATED:
             size, over = _power_of_two(acc)
@@ -337,7 +339,7 @@ def attend_prefill_kernel(
         tail_bias, mask_row, mask_column, first, sinks, body_rows,
         i_lane.to(tl.int64) * capacity, tail_begin, tail_stop, tl.maximum(begin, tail_last), own + first_token + 1, end,
         tl.maximum(begin, tail_start), tl.where(exists, own + token + 1, 0),
-        D, P, 0, 0, 0, T, DV, PV, 0, 0, 0, T, BIASED, MASKED, BLOCK_N,
+        D, P, 0, 0, 0, T, DV, PV, 0, 0, 0, T, BIASED, MASKED, TAIL_N, TAIL_STAGES,
     )  # fmt: skip
 
     row = (sequence.to(tl.int64) * n_queries + token) * (n_kv_heads * GROUP) + head
@@ -394,10 +396,12 @@ class Config:
     block_m: int
     """Query rows of a program: heads of a KV head's group times tokens."""
     block_n: int
-    """Rows of a tile."""
+    """Rows of a tile of the body."""
     warps: int
-    stages: int = 2
-    """Tiles on their way at once, the one that is computed included."""
+    stages: int = 3
+    """Tiles of the body on their way at once, the one that is computed included."""
+    tail_n: int = 64
+    tail_stages: int = 3
     programs: int = 1
     """Programs that a multiprocessor is given, before which rows are not split."""
     least_tiles: int = 4
@@ -439,7 +443,7 @@ def attend_prefill(
     n_blocks = -(-x.group * n // config.block_m)
     n_splits = splits(x, n_blocks, config, _processors(queries.device))
     given: dict[str, Tensor | None] = {"out": out, "sink_logits": sinks, "partial": None, "lse": None}
-    if n_splits > 1:
+    if n_splits:
         made = {"dtype": torch.float32, "device": queries.device}
         given["partial"] = torch.empty((n_splits, b * n * hq, x.value_dim), **made)
         given["lse"] = torch.empty((n_splits, b * n * hq), **made)
@@ -448,20 +452,23 @@ def attend_prefill(
         given[f"{side}_table"] = None if table is None else constant(table, queries.device)
     _launch(
         _PREFILL,
-        (n_blocks * n_splits, x.n_kv_heads, b),
+        (n_blocks * max(1, n_splits), x.n_kv_heads, b),
         given,
-        x.arguments | {"n_splits": n_splits},
+        x.arguments | {"n_splits": max(1, n_splits)},
         x.constants
         | {
             "P": padded(x.key_dim),
             "PV": padded(x.value_dim),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
+            "STAGES": config.stages,
+            "TAIL_N": config.tail_n,
+            "TAIL_STAGES": config.tail_stages,
         },
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    if n_splits > 1:
+    if n_splits:
         _launch(
             _MERGE,
             (-(-b * n * hq // MERGED),),
@@ -487,24 +494,27 @@ def _launch(
 
 
 def splits(x: Operands, n_blocks: int, config: Config, n_processors: int) -> int:
-    """Return into how many programs the rows of each lane are split: 1, unless the device had too little to do."""
+    """Return into how many programs the rows of each lane are split; 0, nothing to merge, where query rows suffice."""
     wanted = n_processors * config.programs // max(1, n_blocks * x.n_kv_heads * x.n_batch)
+    if wanted < 2:
+        return 0
     return max(1, min(wanted, (x.body_rows + x.tail_rows) // (config.least_tiles * config.block_n)))
 
 
 def configuration(x: Operands) -> Config:
-    """Return the configuration that a launch takes: by head dims, dtype and kind of GPU, not by any length."""
+    """Return the configuration that a launch takes: by formats, head dims, dtype and kind of GPU, not by any length."""
     queries = x.arguments["queries"]
     assert isinstance(queries, Tensor)
     narrow = max(x.key_dim, x.value_dim) <= 128
     if queries.dtype == torch.float32:
         # Without the matrix units, operands and sums of a product are registers of every thread.
-        return Config(32, 16, 8, 1)
+        return Config(32, 16, 8, 1, 16, 1)
     if torch.version.hip:
-        return Config(64, 32, 4, 1)
-    if _has_wgmma(queries.device):
-        return Config(128, 128 if narrow else 32, 8)
-    return Config(128, 64, 8) if narrow else Config(64, 32, 4)
+        return Config(64, 32, 4, 1, 32, 1)
+    if not narrow:
+        return Config(128, 32, 8, tail_n=32) if _has_wgmma(queries.device) else Config(64, 32, 4, tail_n=32)
+    packed = x.keys.kind > FLOAT32 and x.values.kind > FLOAT32
+    return Config(128, 128 if packed and _has_wgmma(queries.device) else 64, 8)
 
 
 def configurations(x: Operands) -> Iterator[Config]:
@@ -515,11 +525,11 @@ def configurations(x: Operands) -> Iterator[Config]:
     """
     default = configuration(x)
     yield default
-    tiles = (128, 64, 32) if max(x.key_dim, x.value_dim) <= 128 else (64, 32)
-    for block_m, warps, programs in ((128, 8, 1), (64, 4, 2), (128, 4, 2), (256, 8, 1)):
-        for block_n in tiles:
-            for stages in (2, 3, 1):
-                config = Config(block_m, block_n, warps, stages, programs)
+    wide = max(x.key_dim, x.value_dim) > 128
+    for block_m, warps, programs, tail_stages in ((128, 8, 1, 3), (64, 4, 2, 2), (128, 4, 2, 2), (256, 8, 1, 2)):
+        for block_n in (64, 32) if wide else (128, 64, 32):
+            for stages in (3, 4, 2):
+                config = Config(block_m, block_n, warps, stages, 32 if wide else 64, tail_stages, programs)
                 if config != default:
                     yield config
 

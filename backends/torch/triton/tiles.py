@@ -191,10 +191,24 @@ def _repeat_rows(x, N: tl.constexpr):
 
 
 @triton.jit
-def _twice(x):
-    """Put a half into both lanes of an int32."""
-    bits = x.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return (bits | (bits << 16)).to(tl.int32, bitcast=True)
+def _twice(p, first, r, valid, N: tl.constexpr, COLUMNS: tl.constexpr, CHECKED: tl.constexpr):
+    """Load rows of N halves, each into both lanes of an int32: [ROWS, COLUMNS], COLUMNS >= N; p: aligned, first even.
+
+    They are read 4 bytes at a time: what is smaller cannot be on its way early.
+    """
+    words = p.to(tl.pointer_type(tl.int32))
+    c = tl.arange(0, COLUMNS)
+    if N % 2 == 0:
+        w = tl.arange(0, COLUMNS // 2)
+        at = words + first * (N // 2) + (r[:, None] * (N // 2) + w[None, :])
+        x = _repeat_columns(_load(at, valid, w < N // 2, CHECKED, COLUMNS != N), 2)
+        lane = c[None, :] % 2
+    else:
+        i = r[:, None] * N + c[None, :]
+        x = _load(words + (first * N >> 1) + (i >> 1), valid, c < N, CHECKED, COLUMNS != N)
+        lane = i & 1
+    x = (x >> (lane * 16)) & 0xFFFF
+    return x | (x << 16)
 
 
 @triton.jit
@@ -202,19 +216,12 @@ def _of_groups(p, first, r, valid, D: tl.constexpr, P: tl.constexpr, GROUP: tl.c
                CHECKED: tl.constexpr):  # fmt: skip
     """Return a number per row and group for every channel: float32 [ROWS, P], or pairs of halves [ROWS, P // 2]."""
     N: tl.constexpr = D // GROUP
-    if PAIRS and N % 2 == 0:
-        # Two groups at once: loads of 4 bytes can be on their way early, and fewer elements than threads stay in theirs.
-        g = tl.arange(0, P // GROUP // 2)
-        at = p.to(tl.pointer_type(tl.int32)) + first * (N // 2) + (r[:, None] * (N // 2) + g[None, :])
-        x = _load(at, valid, g < N // 2, CHECKED, P != D)
-        x = _repeat_columns(x, 2)
-        which = tl.arange(0, P // GROUP)[None, :] % 2 * 16
-        x = (x >> which) & 0xFFFF
-        x = _repeat_columns(x | (x << 16), GROUP // 2)
+    if PAIRS:
+        x = _repeat_columns(_twice(p, first, r, valid, N, P // GROUP, CHECKED), GROUP // 2)
     else:
         g = tl.arange(0, P // GROUP)
         x = _load(p + first * N + (r[:, None] * N + g[None, :]), valid, g < N, CHECKED, P != D)
-        x = _repeat_columns(_twice(x), GROUP // 2) if PAIRS else _repeat_columns(x.to(tl.float32), GROUP)
+        x = _repeat_columns(x.to(tl.float32), GROUP)
     return x
 
 
@@ -326,9 +333,7 @@ def tile(
             s = _of_blocks(scales, first, left, ROWS, D, P, GROUP, PAIRS, CHECKED)
             z = _of_blocks(offsets, first, left, ROWS, D, P, GROUP, PAIRS, CHECKED)
         else:
-            one = tl.arange(0, 1)
-            s = _load(scales + first + (r[:, None] + one[None, :]), valid, one == 0, CHECKED, False)
-            s = tl.broadcast_to(_twice(s), (ROWS, P // 2)) if PAIRS else s.to(tl.float32)
+            s = _of_groups(scales, first, r, valid, P, P, P, PAIRS, CHECKED)
             z = None
             if GROUP > 0:
                 z = _of_blocks(offsets, first, left, ROWS, D, P, GROUP, PAIRS, CHECKED)
