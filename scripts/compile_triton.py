@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+NVIDIA = ("sm_80", "sm_90")
 PROCESSES = 2
 ALIGNED = 16
 """Bytes by which tensors' addresses are divisible: an allocator gives 256 and more, and kernels get whole tensors."""
@@ -147,11 +148,15 @@ def fixed_lengths(call: Call) -> list[str]:
     return out
 
 
+def unusable(code: dict[str, Any]) -> list[str]:
+    """Return why a kernel cannot be launched at all."""
+    many = f"{code['shared_bytes']:,} bytes of shared memory: no processor has as many"
+    return [] if code["programs"] else [many]
+
+
 def faults(code: dict[str, Any]) -> list[str]:
     """Return the rules for a decode step's kernels that a compiled kernel breaks."""
-    out = []
-    if not code["programs"]:
-        out.append(f"{code['shared_bytes']:,} bytes of shared memory: no processor has as many")
+    out = unusable(code)
     if code["spills"]:
         out.append(
             f"local memory: {code['stack_bytes']} bytes a thread, {code['spill_store_bytes']} bytes of stores, "
@@ -174,10 +179,15 @@ def main_loop(code: dict[str, Any]) -> dict[str, Any] | None:
     return max(code["loops"], key=lambda loop: ("tensor" in loop["mix"], loop["size"]), default=None)
 
 
-def kernels(calls: Sequence[Call], targets: Sequence[str], cache: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Compile what calls launch; return a row per call, kernel and target, and the rules that are broken."""
-    launched = [(call, launch) for call in calls for launch in call.launches()]
-    wanted = [(call, launch, job_of(launch, target)) for target in targets for call, launch in launched]
+def kernels(plan: Sequence[tuple[Call, Sequence[str]]], cache: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Compile what calls launch, each for some targets; return a row per kernel, and the rules that are broken."""
+    wanted = [
+        (call, launch, job_of(launch, target))
+        for target in TARGETS
+        for call, targets in plan
+        if target in targets
+        for launch in call.launches(target)
+    ]
     made, wrong, rows = {}, [], []
     for i, (job, code) in enumerate(compile_all([job for _, _, job in wanted], cache), 1):
         made[job] = code
@@ -195,8 +205,8 @@ def kernels(calls: Sequence[Call], targets: Sequence[str], cache: Path) -> tuple
         row |= {k: v for k, v in code.items() if k != "loops"} | {"loop": loop, "loops": len(code["loops"])}
         row |= {"tile": launch.constants.get("TILE"), "row_bytes": call.row_bytes}
         rows.append(row)
-        if judged(call, launch.name):
-            wrong += [f"{call.name}, {launch.name}, {job.target}: {fault}" for fault in faults(code)]
+        broken = faults(code) if judged(call, launch.name) else unusable(code)
+        wrong += [f"{call.name}, {launch.name}, {job.target}: {fault}" for fault in broken]
     return rows, list(dict.fromkeys(wrong))
 
 
@@ -228,16 +238,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled")
-    from scripts.triton_calls import FULL, QUICK
+    from scripts.triton_calls import FULL, QUICK, QUICK_NVIDIA
 
     # A run that is stopped takes its processes with it.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    calls = QUICK if args.check else FULL
+    every = [(call, tuple(TARGETS)) for call in (QUICK if args.check else FULL)]
+    nvidia = [(call, NVIDIA) for call in (QUICK_NVIDIA if args.check else [])]
     with tempfile.TemporaryDirectory(prefix="kvmlx-triton-") as scratch:
-        rows, wrong = kernels(calls, list(TARGETS), args.cache or Path(scratch))
-    for call in calls:
-        if call.primitive == "decode":
-            wrong += [f"{call.name}: {fault}" for fault in fixed_lengths(call)]
+        rows, wrong = kernels([*every, *nvidia], args.cache or Path(scratch))
+    for call, _ in (*every, *nvidia):
+        wrong += [f"{call.name}: {fault}" for fault in fixed_lengths(call)]
     document: dict[str, Any] = {
         "machine": "compiled without a GPU, bytes counted in the interpreter",
         "versions": software("triton", "torch", "numpy"),

@@ -444,8 +444,10 @@ def render() -> None:
     lines = [
         "# Results",
         "",
-        "Made by `scripts/measure.py`; each section names its machine, versions and shapes. `metal.json` is of "
-        "`scripts/count_metal.py` and shown in [metal.md](../metal.md).",
+        "Made by `scripts/measure.py`; each section names its machine, versions and shapes.",
+        "Other files: `metal.json` of `scripts/count_metal.py`, shown in [metal.md](../metal.md); `triton.json` of "
+        "`scripts/compile_triton.py`, in [cuda.md](../cuda.md); `compatibility-*.json` of `scripts/compatibility.py`, "
+        "in [compatibility.md](../compatibility.md); `gpu-*.json`, once a GPU has run `scripts/gpu_check.py`.",
         "",
     ]
     for name, columns in RENDER.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvmlx.backends.torch.triton.backend import TritonBackend, on
-from kvmlx.backends.torch.triton.launch import Launch, recording
+from kvmlx.backends.torch.triton.launch import A100, H100, MI300X, Launch, recording
 from kvmlx.layout import row_bytes
 from kvmlx.store import SPAN_STEP, LayerStore
 from kvmlx.strategy import PRESETS, Strategy
@@ -88,9 +88,9 @@ class Call:
         """Return the store that the call reads, with the new tokens' own rows in its tail."""
         return blank_store(backend, self, TAIL + (self.n_queries if self.primitive != "compact" else 0), make)
 
-    def launches(self) -> list[Launch]:
-        """Return what the call launches, without running it."""
-        with recording() as launches:
+    def launches(self, target: str = "sm_90") -> list[Launch]:
+        """Return what the call launches on a target, without running it."""
+        with recording(CHIPS[target]) as launches:
             self.run(on("cpu"), torch.empty)
         if not launches:
             raise ValueError(f"{self.name} launches no kernel: plain operations take it")
@@ -120,6 +120,9 @@ def _each(base: Call, formats: Sequence[str], **changes: object) -> list[Call]:
     return [replace(base, format=format, **changes) for format in formats]  # type: ignore[arg-type]
 
 
+CHIPS = {"sm_80": A100, "sm_90": H100, "gfx942": MI300X}
+"""What a target stands for: launches choose their tiles by it."""
+
 DECODE = Call("decode")
 PREFILL = Call("prefill", n_queries=512)
 ENCODE = Call("encode", rows=2048)
@@ -134,7 +137,9 @@ QUICK = [
     replace(SUMS),
     replace(COMPACT),
 ]
-"""What `--check` compiles."""
+"""What `--check` compiles for every target."""
+QUICK_NVIDIA = [replace(DECODE, dim=256), replace(DECODE, n_queries=4), replace(DECODE, format="smaller")]
+"""What it compiles for NVIDIA only: for AMD they take minutes."""
 FULL = [
     *_each(DECODE, FORMATS),
     *_each(DECODE, ("int4", "int2", "small"), group=1),

@@ -108,12 +108,12 @@ def _others(found: list[Row]) -> list[list[str]]:
     out = [["kernel", "format", *HEADINGS]]
     said = set()
     for group in _grouped([r for r in found if r["kernel"] != "attend_decode_kernel"], CALL).values():
-        cells = _cells(group)
-        # Formats that a kernel does not know are not worth a line each.
-        key = (group[0]["kernel"], *cells)
-        if key not in said:
+        row = group[0]
+        # Formats of which a kernel knows little are not worth a line each.
+        key = (row["kernel"], row["dim"], row["format"] if row["primitive"] in ("prefill", "encode") else "")
+        if key not in said and (row["dtype"] == "bfloat16" or row["primitive"] == "prefill"):
             said.add(key)
-            out.append([f"`{group[0]['kernel']}`", _label(group[0]), *cells])
+            out.append([f"`{row['kernel']}`", _label(row), *_cells(group)])
     return out
 
 

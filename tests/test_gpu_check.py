@@ -80,6 +80,8 @@ def test_dry_run(tmp_path: Path) -> None:
             assert row["quartiles_ms"][0] <= row["ms"] <= row["quartiles_ms"][1]
     for name in ("graph", "sweep", "column_sums", "compact"):
         assert parts[name]["rows"] and not any(row["wrong"] for row in parts[name]["rows"]), name
+    assert [len(row["configurations"]) for row in parts["sweep"]["rows"]] == [2, 2] and not parts["sweep"]["broken"]
+    assert all(row["near"] == (row["default_ms"] <= 1.05 * row["best_ms"]) for row in parts["sweep"]["rows"])
     assert parts["encode"]["chunks"][0]["formats"][0]["of_layer"] > 0
     assert parts["prefill"]["chunks"][0]["ours"][0]["wrong"] is None
     whole = parts["model"]["batches"][0]

@@ -401,7 +401,7 @@ def test_assisted_decoding_takes_tokens_back(model: Any, strategy: str) -> None:
     out = model.generate(
         prompt_of(60)[None], past_key_values=cache, assistant_model=draft, max_new_tokens=20, do_sample=False
     )[0, 60:]
-    assert len(out) == 20 and cache.is_croppable
+    assert len(out) == 20 and all(layer.is_croppable for layer in cache.managed)
     assert layers_of(cache)[0].offsets[0] == cache.get_seq_length() <= 80
     if strategy == "full":
         assert_tokens(out, alone)
@@ -410,8 +410,8 @@ def test_assisted_decoding_takes_tokens_back(model: Any, strategy: str) -> None:
 def test_assisted_decoding_is_refused_before_it_begins(model: Any) -> None:
     cache = kvmlx.make_prompt_cache(model, SNAPKV)
     with pytest.raises(UnsupportedModelError, match="cannot take back tokens"):
-        model.generate(prompt_of(60)[None], past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=9)
-    assert not cache.is_croppable
+        model.generate(prompt_of(60)[None], past_key_values=cache, assistant_model=model, max_new_tokens=9)
+    assert not any(layer.is_croppable for layer in cache.managed)
     logits_of(model, prompt_of(60), cache, [60])
     with pytest.raises(UnsupportedModelError, match="cannot take back tokens"):
         cache.crop(-3)
@@ -494,7 +494,7 @@ def test_what_caches_are_asked(model: Any) -> None:
     cache = kvmlx.make_prompt_cache(model, COMPRESSING)
     assert isinstance(cache, transformers.Cache) and type(cache) is KVMLXCache and len(cache) == 2
     assert cache.get_seq_length() == 0 and not cache.is_compileable and cache.is_sliding == [False] * 2
-    assert cache.get_mask_sizes(5, 0) == (5, 0) and cache.get_max_length() == -1
+    assert cache.get_mask_sizes(5, 0) == (5, 0) and cache.layers[0].get_max_length() == -1
     logits_of(model, prompt_of(30), cache, [30])
     assert cache.get_mask_sizes(5, 0) == (35, 0) and cache.is_initialized is False
     with pytest.raises(UnsupportedModelError, match="not offloaded"):
@@ -580,6 +580,7 @@ def test_other_caches_are_served_as_before(base: str) -> None:
     assert out.shape == (2, 38)
     for a, b in zip(stock(), before, strict=True):
         assert torch.equal(a, b)
+    assert "kvmlx" not in model.config.to_json_string(use_diff=False), "nothing of it is saved with the model"
     for mapping, now in zip(untouched, (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS), strict=True):
         assert all(now[name] is function for name, function in mapping.items())
 
@@ -693,7 +694,7 @@ def test_compiled_models_break_their_graph_and_say_the_same(strategy: str) -> No
     expected = logits_of(model, tokens, kvmlx.make_prompt_cache(model, strategy), [50])
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
-    got = logits_of(compiled, tokens, kvmlx.make_prompt_cache(model, strategy), [50])
+    got = logits_of(compiled, tokens, kvmlx.make_prompt_cache(compiled, strategy), [50])
     assert_same(got, expected, name="logits")
     torch._dynamo.reset()
     whole = torch.compile(model, backend="eager", fullgraph=True)
@@ -718,6 +719,20 @@ def test_kernels_are_chosen_by_device_and_variable(monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("KVMLX_KERNELS", asked)
         with pytest.raises(KVMLXError, match=message):
             choose.backend("cpu")
+
+
+def test_kernels_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's, interpreted where there is no GPU: a batch with padding, encoded and ragged."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = tiny_llama(num_hidden_layers=1).to(device)
+    ids, mask = (x.to(device) for x in padded([prompt_of(20, 5), prompt_of(50, 6)]))
+    said = []
+    for kernels in ("plain", "triton"):
+        monkeypatch.setenv("KVMLX_KERNELS", kernels)
+        cache = kvmlx.make_prompt_cache(model, f"snapkv(budget=24, window=8, {SMALL}) | adakv | int4({SMALL})")
+        assert layers_of(cache)[0].backend.path == kernels
+        said.append(model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4, do_sample=False))
+    assert_tokens(said[1].cpu(), said[0].cpu())
 
 
 # -- refusals --------------------------------------------------------------------------------------------------

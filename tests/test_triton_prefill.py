@@ -381,6 +381,21 @@ def test_queries_beyond_the_range_of_halves(stage: str) -> None:
     check(attend_prefill, p)
 
 
+@pytest.mark.parametrize("stage", ["int8", "exact"])
+def test_many_small_weights_are_not_lost(stage: str) -> None:
+    """One row takes nearly everything, and others, with 2^-25 each, make the output: less than a half can hold."""
+    shape = Shape(stage, "float16", 16, n_kv_heads=1, group=1, n_queries=9, body=64 if stage == "int8" else 0, tail=200)
+    p = make(shape, backend=BACKEND)
+    store = p.store
+    p.queries[:], store.keys[:], store.values[:, :, 0] = 1.0, 0.0, 0.0
+    store.keys[:, :, 0] = 25 * np.log(2) / 16
+    for name, plane in store.planes.items():
+        if name.startswith("keys."):
+            plane.zero_()
+    p.scale = 1.0
+    check(attend_prefill, p)
+
+
 def test_rows_that_no_query_of_a_block_sees_are_not_read() -> None:
     """Later tokens' rows, and those that a sliding window has left: not a number there reaches nothing."""
     nan = float("nan")

@@ -1,6 +1,6 @@
 """What kvmlx knows of mlx-lm's models: their layers, their rotary embeddings, and which it cannot serve.
 
-Found by scripts/compatibility.py, which runs every architecture; its table is docs/compatibility.md.
+Found by `python -m scripts.compatibility`, which runs every architecture; its table is docs/compatibility.md.
 """
 
 from __future__ import annotations

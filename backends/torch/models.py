@@ -28,7 +28,7 @@ REFUSED: dict[str, str] = {
 }
 """Models whose attention cannot be handed to kvmlx, by the type of their text model, with the reason."""
 
-_SINKS = frozenset({"gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"})
+_SINKS = frozenset({"flint", "gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash"})
 """Models without SDPA support whose attention differs from the common one by its sinks only, which kvmlx knows."""
 
 _NAME_IS_MINOR = frozenset({"gpt2", "gemma4_text", "gemma4_unified_text"})
@@ -37,7 +37,7 @@ _NAME_IS_MINOR = frozenset({"gpt2", "gemma4_text", "gemma4_unified_text"})
 _NORM_AFTER_ROPE = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe"})
 """Models that scale a key's channels after they rotated it: undoing the rotation is not enough there."""
 
-_ROPE_IN_SLIDING_LAYERS = frozenset({"afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "kolibri1"})
+_ROPE_IN_SLIDING_LAYERS = frozenset({"afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1"})
 """Models whose full-attention layers are handed a rotary embedding and leave it unused."""
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
@@ -127,7 +127,8 @@ def attention_of(model: Any) -> dict[int, Any]:
 
 def _decoder(model: Any) -> Any:
     """Return the part of a model that has the layers, without the head and without other modalities."""
-    return model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
+    part = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else model
+    return part if hasattr(part, "set_attn_implementation") else model  # a head may be called decoder too
 
 
 def _shapes(attention: Any, config: Any) -> tuple[int, int, int, int]:

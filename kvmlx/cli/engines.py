@@ -247,6 +247,9 @@ class TorchEngine:
             pad_token_id=own.pad_token_id if own.pad_token_id is not None else _first(own.eos_token_id),
             **chosen,
         )
+        while config.prefill_chunk_size and len(prompt) % config.prefill_chunk_size == 1:
+            # A last chunk of one token would look like the first decoded one: the prompt would end before it.
+            config.prefill_chunk_size += 1
         hook = self.model.register_forward_pre_hook(watch.before_forward, with_kwargs=True)
         begin = time.perf_counter()
         try:

@@ -27,7 +27,6 @@ from scripts.gpu.stores import cloned, filled, random_rows
 NEAR = 0.05
 """How much slower than the best the default may be."""
 SMALL = 512
-"""Rows of the arrays on which kernels are compiled."""
 SAMPLES = 9
 WARM_SHARE = 0.6
 """Of the time that is left, for compiling."""
@@ -99,29 +98,39 @@ def prepared(run: Run, case: Case, rows: int, batch: int, sets: int) -> tuple[li
     return list(prefill.configurations(given)), made, nbytes
 
 
+def cases_of(run: Run) -> tuple[Case, ...]:
+    return CASES[:1] if run.dry else CASES
+
+
+def rows_of(run: Run, case: Case) -> int:
+    """Return the rows of the arrays on which kernels are compiled."""
+    return run.sizes.shapes[0][0] if run.dry else SMALL + case.new
+
+
+def small(run: Run, case: Case) -> tuple[list[Any], list[Call], int]:
+    """Return what `prepared` does, on small arrays that make the same kernels."""
+    return prepared(run, case, rows_of(run, case), 1, 1)
+
+
 def warm(run: Run, index: int, of: int) -> dict[str, Any]:
-    """Compile every ``of``-th configuration of all cases, by calling it on small arrays."""
-    refused, done, at = [], 0, 0
-    for case in CASES:
-        mine = None
-        n = len(configurations(run, case))
-        for i in range(n):
-            at += 1
-            if at % of != index or run.left <= 0:
-                continue
-            if mine is None:
-                mine = prepared(run, case, run.sizes.shapes[0][0] if run.dry else SMALL + case.new, 1, 1)
-            done += 1
-            try:
-                mine[1][0](mine[0][i])
-            # A configuration that no processor has room for, most likely: the sweep says so too.
-            except Exception as error:
-                refused.append(f"{case.name}, {mine[0][i]}: {short(error)}")
+    """Compile every ``of``-th configuration by calling it: the first ones of all cases first.
+
+    Returns which were (number of the case, number of the configuration), and which cannot be launched.
+    """
+    cases = [small(run, case) for case in cases_of(run)]
+    every = sorted((i, n) for n, (options, _, _) in enumerate(cases) for i in range(len(options)))
+    done, refused = [], []
+    for i, n in every[index::of]:
+        if run.left <= 0:
+            break
+        options, calls, _ = cases[n]
+        try:
+            calls[0](options[i])
+            done.append((n, i))
+        # A configuration that no processor has room for, most likely.
+        except Exception as error:
+            refused.append(f"{CASES[n].name}, {options[i]}: {short(error)}")
     return {"compiled": done, "refused": refused}
-
-
-def configurations(run: Run, case: Case) -> list[Any]:
-    return prepared(run, case, run.sizes.shapes[0][0] if run.dry else SMALL + case.new, 1, 1)[0]
 
 
 def _tensors(x: Any) -> list[Tensor]:
@@ -143,50 +152,48 @@ def sweep(run: Run, found: dict[str, Any]) -> None:
     """Time the configurations of every kernel: decoding at each shape, the others at one."""
     from scripts.gpu import correctness
 
-    found["warm"], broken = correctness.in_processes(run, "warm", WARM_SHARE * run.left)
-    run.say(
-        f"{sum(x['compiled'] for x in found['warm'])} configurations compiled; {len(broken)} workers did not end well"
-    )
+    parts, found["broken"] = correctness.in_processes(run, "warm", WARM_SHARE * run.left)
+    compiled = {tuple(pair) for part in parts for pair in part["compiled"]}
+    found["refused"] = [text for part in parts for text in part["refused"]]
+    run.say(f"{len(compiled)} configurations compiled, {len(found['refused'])} cannot be launched")
     found["rows"] = []
-    for case in CASES[:1] if run.dry else CASES:
+    for n, case in enumerate(cases_of(run)):
+        ready = [i for number, i in compiled if number == n]
         for tokens, batch in run.sizes.shapes if case.kernel == "decode" else run.sizes.shapes[1:2]:
             run.need(5, f"sweep of {case.name}")
-            row = _sweep(run, case, tokens, batch)
+            row = _sweep(run, case, tokens, batch, ready)
             found["rows"].append(row)
             run.say(row["said"])
             run.free()
             run.save()
 
 
-def _sweep(run: Run, case: Case, tokens: int, batch: int) -> dict[str, Any]:
+def _sweep(run: Run, case: Case, tokens: int, batch: int, ready: list[int]) -> dict[str, Any]:
+    """Time the default and the configurations that are compiled already; each result is compared with the default's."""
     row: dict[str, Any] = {"name": f"sweep, {case.name}, {tokens} x {batch}", "wrong": None, "configurations": []}
-    nbytes = prepared(run, case, run.sizes.shapes[0][0] if run.dry else SMALL + case.new, 1, 1)[2]
-    sets = run.sets(nbytes * batch * tokens / (run.sizes.shapes[0][0] if run.dry else SMALL + case.new))
-    options, calls, _ = prepared(run, case, tokens, batch, sets)
+    nbytes = small(run, case)[2] * batch * tokens / rows_of(run, case)
+    options, calls, _ = prepared(run, case, tokens, batch, run.sets(nbytes))
     want = calls[0](options[0])
-    for config in options[:2] if run.dry else options:
-        entry: dict[str, Any] = {"config": asdict(config), "ms": None}
+    for i in sorted({0, *ready}):
+        entry: dict[str, Any] = {"config": asdict(options[i]), "ms": None}
         row["configurations"].append(entry)
         if run.left < 5:
             entry["refused"] = "no time was left"
             continue
         try:
-            right = _same(calls[0](config), want)
-            entry |= run.measure([partial(call, config) for call in calls], samples=SAMPLES)
+            right = _same(calls[0](options[i]), want)
+            entry |= run.measure([partial(call, options[i]) for call in calls], samples=SAMPLES)
         # What no processor has room for is no candidate.
         except Exception as error:
             entry["refused"] = short(error)
             continue
         if not right:
-            row["wrong"] = f"{config} gives another result than the default"
+            row["wrong"] = f"{options[i]} gives another result than the default"
     timed = [entry for entry in row["configurations"] if entry["ms"] is not None]
     best = min(timed, key=lambda entry: entry["ms"])
-    default = row["configurations"][0]["ms"]
-    if default is None:
-        row["wrong"] = f"the default cannot run: {row['configurations'][0].get('refused')}"
-        default = float("inf")
+    default = row["configurations"][0]["ms"] or float("inf")
     row |= {"default_ms": default, "best_ms": best["ms"], "best": best["config"]}
     row["near"] = default <= best["ms"] * (1 + NEAR)
-    verdict = "the default is near it" if row["near"] else f"the default takes {default * 1e3:.1f} us"
+    verdict = "the default is within 5%" if row["near"] else f"the default takes {default * 1e3:.1f} us"
     row["said"] = f"{row['name']}: {len(timed)} timed, best {best['ms'] * 1e3:.1f} us with {best['config']}; {verdict}"
     return row

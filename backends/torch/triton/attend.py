@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, Format
+from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, FLOAT32, Format
 from kvmlx.backends.torch.triton.codecs import (
     EXACT_KINDS,
     bound,
@@ -63,6 +63,7 @@ _LIFT = tl.constexpr(8.0)
 """Weights are 2^8 times larger than they need be: what is far below the largest one is still a normal half."""
 _LARGEST = tl.constexpr(65504.0)
 _padded = compile_time(lambda backend, rows: max(rows, AMD_ROWS) if backend == "hip" else rows)
+_kept = compile_time(lambda backend, groups, rows: 0 if backend == "hip" and groups * rows > MAX_COLUMNS else groups)
 
 
 # Kernels
@@ -191,10 +192,12 @@ def _attend_rows(
     M: tl.constexpr = q.dtype.element_ty
     KT: tl.constexpr = M if K_KIND <= EXACT_KINDS or tl.float32 == M else tl.float16
     VT: tl.constexpr = M if V_KIND <= EXACT_KINDS or tl.float32 == M else tl.float16
-    KG: tl.constexpr = K_GROUPS if K_GROUPS > 0 else 1
-    VG: tl.constexpr = V_GROUPS if V_GROUPS > 0 else 1
+    K_KEPT: tl.constexpr = _kept(K_GROUPS, R)
+    V_KEPT: tl.constexpr = _kept(V_GROUPS, R)
+    KG: tl.constexpr = K_KEPT if K_KEPT > 0 else 1
+    VG: tl.constexpr = V_KEPT if V_KEPT > 0 else 1
     MEANS: tl.constexpr = K_KIND == _CODEBOOK and K_GROUP > 0
-    SIZED: tl.constexpr = V_GROUPS > 0 or V_KIND == _CODEBOOK
+    SIZED: tl.constexpr = V_KEPT > 0 or V_KIND == _CODEBOOK
     LIFT: tl.constexpr = _LIFT if tl.float16 == VT else 0.0
     n_rows = HEADS * n_queries
     r = tl.program_id(0) * ROWS + tl.arange(0, R)
@@ -208,13 +211,13 @@ def _attend_rows(
         power = _power_of_two(tl.max(tl.max(tl.abs(x), axis=1), axis=0))
         x = x * (1.0 / power)
         unit = unit * power
-    qs, q_sums = _query_streams(x, K_GROUPS, K_STREAMS, K_GROUP if K_GROUPS > 0 else 1, KT)
+    qs, q_sums = _query_streams(x, K_KEPT, K_STREAMS, K_GROUP if K_KEPT > 0 else 1, KT)
     if MEANS:
         q_whole = tl.trans(x).to(KT)
     v_unit = 1.0
     if SIZED:
         # Weights times the values' scales are halves too: sizes relative to those of the first rows.
-        v_unit = _first_size(values_scales, first, lo, hi, DV // V_GROUP if V_GROUPS > 0 else 1, VG, TILE)
+        v_unit = _first_size(values_scales, first, lo, hi, DV // V_GROUP if V_KEPT > 0 else 1, VG, TILE)
     v_shrink = 1.0 / v_unit
 
     peak = tl.full((R,), -float("inf"), tl.float32)
@@ -230,13 +233,13 @@ def _attend_rows(
         live = tl.arange(0, TILE) < hi - start
         words = load_words(keys_codes0, keys_codes1, first, rows, live, D, K_WORDS, K_KIND, K_BITS, False)
         k = streams(words, keys_levels, K_KIND, K_BITS, K_STREAMS, False, KT)
-        if K_KIND == _CHANNEL or (K_KIND == _AFFINE and K_GROUPS == 0):
+        if K_KIND == _CHANNEL or (K_KIND == _AFFINE and K_KEPT == 0):
             k = _dequantized(k, keys_scales, keys_offsets, first, start, rows, live, D, K_WORDS, K_STREAMS, K_KIND,
                              K_GROUP, TILE, False, KT)  # fmt: skip
         s = tl.zeros((TILE, R * KG), tl.float32)
         for j in tl.static_range(K_STREAMS):
             s = product(k[j], qs[j], s)
-        if K_GROUPS > 0:
+        if K_KEPT > 0:
             k_sizes = _row_numbers(keys_scales, first, rows, live, D // K_GROUP, KG)
             k_zeros = _row_numbers(keys_offsets, first, rows, live, D // K_GROUP, KG)
             s = tl.reshape(s, (TILE, R, KG)) * k_sizes[:, None, :] + k_zeros[:, None, :] * q_sums[None, :, :]
@@ -283,7 +286,7 @@ def _attend_rows(
         words = load_words(values_codes0, values_codes1, first, rows, live, DV, V_WORDS, V_KIND, V_BITS, True)
         v = streams(words, values_levels, V_KIND, V_BITS, V_STREAMS, True, VT)
         weights = p
-        if V_GROUPS > 0:
+        if V_KEPT > 0:
             v_sizes = _row_numbers(values_scales, first, rows, live, DV // V_GROUP, VG)
             v_zeros = _row_numbers(values_offsets, first, rows, live, DV // V_GROUP, VG)
             weights = tl.reshape(p[:, :, None] * (v_sizes * v_shrink)[:, None, :], (TILE, R * VG))
@@ -324,12 +327,12 @@ def _attend_rows(
     over = 1.0 / tl.maximum(weight, 1e-30)
     w = tl.arange(0, V_WORDS)
     held = (w * V_STREAMS < DV)[:, None] & (r < stop)[None, :]
-    if V_GROUPS > 0:
+    if V_KEPT > 0:
         own = ((w * V_STREAMS // V_GROUP)[:, None] == tl.arange(0, VG)[None, :])[:, None, :]
         zero = tl.reshape(tl.sum(zeros, axis=0), (1, R, VG))
     for j in tl.static_range(V_STREAMS):
         y = acc[j] * (v_unit * V_FACTOR)
-        if V_GROUPS > 0:
+        if V_KEPT > 0:
             y = tl.sum(tl.where(own, tl.reshape(y, (V_WORDS, R, VG)) + zero, 0.0), axis=2)
         y = y * over[None, :]
         tl.store(partial + at[None, :] + (j * V_WORDS + w)[:, None], y.to(M), mask=held)
@@ -619,6 +622,9 @@ def _configuration(keys: Format, values: Format, dim: int, value_dim: int, float
         return Config(tile=16, warps=4, stages=2, programs=4)
     rows, groups = _rows(keys, values, dim, value_dim, float32, n_rows)
     numbers = max(_words(dim), _words(value_dim)) * rows * groups
+    if numbers > 1024 and keys.kind <= FLOAT32:
+        # Rows as they are: shared memory is scarce, not registers.
+        return Config(tile=32, warps=2, stages=2, programs=4)
     if numbers > 4096:
         return Config(tile=64, warps=4, programs=2)
     if numbers > 2048 or (numbers > 1024 and max(dim, value_dim) > 128):

@@ -48,18 +48,48 @@ class Launch:
         return self.fn.__name__
 
 
+@dataclass(frozen=True)
+class Chip:
+    """What launches choose their tiles by."""
+
+    backend: str = "cuda"
+    """``"cuda"`` or ``"hip"``."""
+    capability: int = 90
+    """NVIDIA's compute capability, 10 * major + minor; 0 for AMD's."""
+
+
+H100, A100, MI300X = Chip(), Chip(capability=80), Chip("hip", 0)
+
 _RECORDED: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+_CHIP: ContextVar[Chip] = ContextVar("chip", default=H100)
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Note launches in the list that is yielded, and run nothing: outputs stay as they were allocated."""
+def recording(chip: Chip = H100) -> Iterator[list[Launch]]:
+    """Note launches in the list that is yielded, and run nothing: outputs stay as they were allocated.
+
+    ``chip``: what CPU tensors stand for.
+    """
     launches: list[Launch] = []
-    token = _RECORDED.set(launches)
+    tokens = _RECORDED.set(launches), _CHIP.set(chip)
     try:
         yield launches
     finally:
-        _RECORDED.reset(token)
+        _RECORDED.reset(tokens[0])
+        _CHIP.reset(tokens[1])
+
+
+def chip_of(device: torch.device) -> Chip:
+    """Return the kind of GPU that a device is; interpreted, an H100 unless `recording` says else."""
+    return _real_chip(device) if device.type == "cuda" else _CHIP.get()
+
+
+@lru_cache
+def _real_chip(device: torch.device) -> Chip:
+    if torch.version.hip:
+        return MI300X
+    major, minor = torch.cuda.get_device_capability(device)
+    return Chip(capability=10 * major + minor)
 
 
 class TritonKernel:

@@ -8,10 +8,10 @@ output is written. The accumulator leaves the values' rotated basis once, betwee
 
 What dequantizing costs: every block of query rows that reads a tile dequantizes it, so with 128 of them a value, which
 takes 2 instructions (`int4`), stands beside 128 multiply-adds on the matrix units and half a weight of the softmax,
-which takes 8. Counted in the machine code for sm_90 (scripts/compile_triton.py; D = 128, tiles of 128 rows), a warp
-issues 794 instructions a tile where exact rows take 522, 8 warps share 4 schedulers, and the matrix units need 2048
-cycles: the same as dense attention where all that overlaps, 1.2 times as long where nothing does. No GPU was there to
-measure it.
+which takes 8. Counted in the machine code for sm_90 (scripts/compile_triton.py; D = 128), a warp issues 832
+instructions for 128 rows of `int4` where exact rows, in tiles of 64, take 692. With 8 warps on 4 schedulers that
+is 1664 cycles beside 2048 of the matrix units: where they overlap it takes as long as dense attention, where nothing
+does 1.1 to 1.2 times as long. That is a prediction: no GPU was there to measure it.
 
 A chunk that has too few query rows to fill the device is split along the store's rows too, into as many programs as
 the device runs at once, merged by log-sum-exp. What that needs is the only scratch memory: at most `Config.programs`
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from kvmlx.backends.formats import FLOAT32
 from kvmlx.backends.torch.triton.codecs import bound, product
-from kvmlx.backends.torch.triton.launch import TritonKernel, constant
+from kvmlx.backends.torch.triton.launch import TritonKernel, chip_of, constant
 from kvmlx.backends.torch.triton.operands import NUMBERS, SIDES, UNALIGNED, Operands, counts, lane_of, operands
 from kvmlx.backends.torch.triton.tiles import table_of, tile
 from kvmlx.store import LayerStore
@@ -49,6 +49,8 @@ _EXACT = tl.constexpr(FLOAT32)
 _ALIGNED = tl.constexpr(ALIGNED)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _INF = tl.constexpr(float("inf"))
+_LIFT = tl.constexpr(8.0)
+"""Weights are 2^8 times larger than they need be: what is far below the largest one is still a normal half."""
 _SIDE = tl.constexpr(128)
 """Channels that the Hadamard matrix of one product has."""
 
@@ -157,11 +159,11 @@ def _add_tile(
         s = tl.where(seen, s, -_INF)
         new = tl.maximum(peak, tl.max(s, 1))
         safe = tl.where(new == -_INF, 0.0, new)
-        p = tl.exp2(s - safe[:, None])
+        p = tl.exp2(s - (safe - _LIFT)[:, None])
     else:
         new = tl.maximum(peak, tl.max(s, 1) * factor)
         safe = new
-        p = tl.exp2(s * factor[:, None] - new[:, None])
+        p = tl.exp2(s * factor[:, None] - (new - _LIFT)[:, None])
     shrink = tl.exp2(peak - safe)
     v = tile(
         v_codes0, v_codes1, v_scales, v_offsets, v_levels, v0, v1, v2, v3, lane, row, stop,
@@ -217,14 +219,14 @@ def _add_rows(
 
 
 @triton.jit
-def _with_sinks(acc, peak, total, sinks, head, exists):
-    """Divide by the weights' sum, which attention sinks have a part in where there are any."""
+def _with_sinks(acc, peak, total, lift, sinks, head, exists):
+    """Divide by the weights' sum, which attention sinks have a part in where there are any; lift: of the weights."""
     if sinks is not None:
         sink = tl.load(sinks + head, mask=exists, other=-_INF).to(tl.float32) * _LOG2E
         new = tl.maximum(peak, sink)
         safe = tl.where(new == -_INF, 0.0, new)
         shrink = tl.exp2(peak - safe)
-        total = total * shrink + tl.exp2(sink - safe)
+        total = total * shrink + tl.exp2(sink - safe + lift)
         acc = acc * shrink[:, None]
     return acc / tl.maximum(total, 1e-30)[:, None]
 
@@ -345,13 +347,13 @@ def attend_prefill_kernel(
     row = (sequence.to(tl.int64) * n_queries + token) * (n_kv_heads * GROUP) + head
     o_mask = exists[:, None] & (d < DV)[None, :]
     if partial is None:
-        x = _with_sinks(acc, peak, total, sink_logits, head, exists)
+        x = _with_sinks(acc, peak, total, _LIFT, sink_logits, head, exists)
         tl.store(out + ((row * DV)[:, None] + d[None, :]), x.to(T), mask=o_mask)
     else:
         row += tl.num_programs(2).to(tl.int64) * n_queries * (n_kv_heads * GROUP) * split
-        x = _with_sinks(acc, peak, total, None, head, exists)
+        x = _with_sinks(acc, peak, total, _LIFT, None, head, exists)
         tl.store(partial + ((row * DV)[:, None] + d[None, :]), x, mask=o_mask)
-        tl.store(lse + row, peak + tl.log2(tl.where(total > 0.0, total, 1.0)), mask=exists)
+        tl.store(lse + row, peak - _LIFT + tl.log2(tl.where(total > 0.0, total, 1.0)), mask=exists)
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_heads", "n_splits"], do_not_specialize_on_alignment=["sink_logits"])
@@ -378,7 +380,7 @@ def prefill_merge_kernel(
         total = total * shrink + weight
         peak = new
         row += n_rows
-    x = _with_sinks(acc, peak, total, sink_logits, r % n_heads, exists)
+    x = _with_sinks(acc, peak, total, 0.0, sink_logits, r % n_heads, exists)
     tl.store(out + ((r.to(tl.int64) * DV)[:, None] + d[None, :]), x.to(out.dtype.element_ty), mask=mask)
 
 
@@ -509,12 +511,14 @@ def configuration(x: Operands) -> Config:
     if queries.dtype == torch.float32:
         # Without the matrix units, operands and sums of a product are registers of every thread.
         return Config(32, 16, 8, 1, 16, 1)
-    if torch.version.hip:
+    chip = chip_of(queries.device)
+    if chip.backend == "hip":
         return Config(64, 32, 4, 1, 32, 1)
+    has_wgmma = chip.capability >= 90
     if not narrow:
-        return Config(128, 32, 8, tail_n=32) if _has_wgmma(queries.device) else Config(64, 32, 4, tail_n=32)
+        return Config(128, 32, 8, tail_n=32) if has_wgmma else Config(32, 64, 4, 2, 32, 2, 2)
     packed = x.keys.kind > FLOAT32 and x.values.kind > FLOAT32
-    return Config(128, 128 if packed and _has_wgmma(queries.device) else 64, 8)
+    return Config(128, 128 if packed and has_wgmma else 64, 8)
 
 
 def configurations(x: Operands) -> Iterator[Config]:
@@ -538,12 +542,6 @@ def configurations(x: Operands) -> Iterator[Config]:
 def _processors(device: torch.device) -> int:
     """Return how many multiprocessors a device has; interpreted, as many as an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-@lru_cache
-def _has_wgmma(device: torch.device) -> bool:
-    """Whether a device multiplies out of shared memory, as an H100 does, which stands for a GPU where there is none."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def padded(dim: int) -> int:
