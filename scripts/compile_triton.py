@@ -135,11 +135,11 @@ def specialized(fn: Any, signature: dict[str, str]) -> list[str]:
     return [p.name for p in fn.params if p.name in integers and not p.do_not_specialize]
 
 
-def fixed_lengths(call: Call) -> list[str]:
+def fixed_lengths(call: Call, target: str = "sm_90") -> list[str]:
     """Return what is compiled differently for other lengths and batches of a call."""
     other = replace(call, rows=3 * call.rows + 128, n_batch=call.n_batch + 2)
     out = []
-    for one, two in zip(call.launches(), other.launches(), strict=True):
+    for one, two in zip(call.launches(target), other.launches(target), strict=True):
         differ = [name for name, value in one.constants.items() if two.constants[name] != value]
         differ += [name for name, kind in one.signature.items() if two.signature[name] != kind]
         differ += [name for name in ("num_warps", "num_stages") if getattr(one, name) != getattr(two, name)]

@@ -94,10 +94,19 @@ def check(run: Any, parts: list[str]) -> int:
     run.document |= {"environment": environment(run), "parts": {}, "problems": {}}
     for name, value in run.document["environment"].items():
         run.say(f"{name}: {value}")
+    stopped: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.append(number)
+        sys.exit(128 + number)
+
     # A run that somebody stops still says what it found.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, stop)
     try:
         for name in parts:
+            # Somebody's `except:` may have kept the exit from coming through.
+            if stopped:
+                break
             begin = time.monotonic()
             run.say(f"\n== {name} ({run.left:.0f} s left)")
             found: dict[str, Any] = {}
@@ -120,7 +129,7 @@ def check(run: Any, parts: list[str]) -> int:
         run.save()
         for line in verdict.lines(run):
             run.say(line)
-    return int(verdict.wrong(run) != [])
+    return 128 + stopped[0] if stopped else int(verdict.wrong(run) != [])
 
 
 def part(name: str) -> Any:

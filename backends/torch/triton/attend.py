@@ -62,8 +62,19 @@ _AFFINE, _CHANNEL, _CODEBOOK = tl.constexpr(AFFINE), tl.constexpr(CHANNEL), tl.c
 _LIFT = tl.constexpr(8.0)
 """Weights are 2^8 times larger than they need be: what is far below the largest one is still a normal half."""
 _LARGEST = tl.constexpr(65504.0)
-_padded = compile_time(lambda backend, rows: max(rows, AMD_ROWS) if backend == "hip" else rows)
-_kept = compile_time(lambda backend, groups, rows: 0 if backend == "hip" and groups * rows > MAX_COLUMNS else groups)
+
+
+def padded_rows(backend: str, rows: int) -> int:
+    """Return the query rows that a program computes, of which it writes ``rows``."""
+    return max(rows, AMD_ROWS) if backend == "hip" else rows
+
+
+def kept_groups(backend: str, groups: int, rows: int) -> int:
+    """Return the groups whose scales stay out of the products where rows were padded; 0 where they cannot."""
+    return 0 if backend == "hip" and groups * rows > MAX_COLUMNS else groups
+
+
+_padded, _kept = compile_time(padded_rows), compile_time(kept_groups)
 
 
 # Kernels
@@ -628,9 +639,9 @@ def _configuration(keys: Format, values: Format, dim: int, value_dim: int, float
     if numbers > 4096:
         return Config(tile=64, warps=4, programs=2)
     if numbers > 2048 or (numbers > 1024 and max(dim, value_dim) > 128):
-        return Config(tile=32, warps=2, programs=4)
+        return Config(tile=32, warps=2, stages=2 if keys.kind == CHANNEL else 3, programs=4)
     # What a tile of few bits saves is less than it costs where words are padded.
-    few_bits = {keys.bits, values.bits} <= {1, 2} or CODEBOOK in (keys.kind, values.kind)
+    few_bits = {keys.bits, values.bits} <= {1, 2} or (CODEBOOK in (keys.kind, values.kind) and keys.bits != 5)
     padded = _words(dim) != dim or _words(value_dim) != value_dim
     return Config(tile=64 if numbers <= 512 or (few_bits and not padded and numbers <= 1024) else 32)
 

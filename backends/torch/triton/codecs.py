@@ -103,7 +103,7 @@ def ptx(bits: int, centered: bool) -> str:
     if more or not words:
         at = n + n * low // 16
         mine = code.new(f"and.b32 {{}}, ${at}, ${at + 1};")
-        other = code.new(f"shr.b32 {{}}, {mine}, 8;")
+        other = code.new(f"shr.u32 {{}}, {mine}, 8;")
         byte = code.new(f"or.b32 {{}}, {mine}, {other};")
         words = words or [byte]
     for j, place in enumerate(places):
@@ -186,7 +186,7 @@ class _Code:
         return self.known[line]
 
     def moved(self, register: str, by: int) -> str:
-        return self.new(f"{'shl' if by > 0 else 'shr'}.b32 {{}}, {register}, {abs(by)};") if by else register
+        return self.new(f"{'shl.b32' if by > 0 else 'shr.u32'} {{}}, {register}, {abs(by)};") if by else register
 
     def half(self, x: float) -> str:
         """Return a register with two halves of x, which must be one."""
