@@ -18,9 +18,9 @@ TARGETS = ("sm_80", "sm_90", "gfx942")
 SHOWN = ("int4", "int2", "small", "tiny", "kivi(bits=2)")
 
 NOTES = """\
-Compiled without a GPU; `G` is the query heads of a KV head, D = 128, bfloat16 unless said. Three figures are those of
-sm_80 (A100), sm_90 (H100) and gfx942 (MI300X). Spilled are bytes of local memory of a thread and of the instructions
-that go there; held is the share of the warps that a processor can hold."""
+Compiled without a GPU, by Triton {triton}; `G` is the query heads of a KV head, D = 128, bfloat16 unless said. Three
+figures are those of sm_80 (A100), sm_90 (H100) and gfx942 (MI300X). Spilled are bytes of local memory of a thread and
+of the instructions that go there; held is the share of the warps that a processor can hold."""
 LOOP_NOTES = """\
 Instructions of a thread in the loop over the body's rows, for each number that a program unpacks (one channel of one
 key or value, whatever the query heads). `busy` is **a prediction, not a measurement**: the time in which a processor
@@ -36,7 +36,7 @@ def render(results: Row) -> str:
     """Return the tables, in Markdown."""
     found = [row for row in results["kernels"] if "error" not in row]
     parts = [
-        NOTES,
+        NOTES.format(**results["versions"]),
         _table(_decode(found)),
         "The other kernels:",
         _table(_others(found)),

@@ -51,7 +51,7 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
 def words_of(bits: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return codes ``[n, 2, per word]`` of pairs of words, every pair of values somewhere, and the registers of `ptx`."""
+    """Return codes ``[n, 2, per word]`` of pairs of words, every pair of values somewhere, and `ptx`'s registers."""
     rng = np.random.default_rng(bits)
     n = codecs.codes_per_word(bits)
     codes = rng.integers(0, 2**bits, (4096, 2, n), np.uint8)
@@ -378,7 +378,7 @@ def test_what_is_not_written_is_not_read(monkeypatch: pytest.MonkeyPatch) -> Non
         return x.fill_(NAN) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch, "empty", spoiled)
-    for shape in (SPLIT[0], SPLIT[4], replace(FEW[3], n_batch=2, body=(31, 0)), ONE[25]):
+    for shape in (SPLIT[0], SPLIT[4], replace(FEW[3], n_batch=2, body=(31, 0), begin=(4, 0)), ONE[25]):
         check(attend_decode, make(shape, backend=BACKEND))
 
 
@@ -406,17 +406,17 @@ def test_a_large_sink_or_logit_neither_overflows_nor_vanishes() -> None:
 
 @pytest.mark.parametrize("stage", ["int4", "turboquant(bits=4)"])
 def test_queries_beyond_the_range_of_halves(stage: str) -> None:
-    """bfloat16 reaches to 3e38, and products with the body are of halves."""
-    for size in (1e30, 1e-30):
+    """bfloat16 reaches to 3e38, and products with the body are of halves; each row in a size of its own."""
+    for sizes, scale in (([1e30, 1e-30, 1.0, 3e5], 1e-6), ([1e-30, 3e-30, 1e-32, 1e-36], 1e29)):
         p = make(Shape(stage, "bfloat16", n_queries=2, body=70), backend=BACKEND)
-        p.queries = p.queries * size
-        p.scale = 0.2 / size
+        p.queries = p.queries * BACKEND.from_numpy(np.array(sizes, np.float32)).bfloat16()[None, :, None, None]
+        p.scale = scale
         check(attend_decode, p)
 
 
 @pytest.mark.parametrize("stage", ["int8", "turboquant(bits=4)", "exact"])
 def test_many_small_weights_are_not_lost(stage: str) -> None:
-    """One row takes nearly everything, and hundreds of others, 2^-25 each, make the output: less than a half can hold."""
+    """One row takes nearly everything; hundreds of others, 2^-25 each, make the output: less than a half can hold."""
     body = 0 if stage == "exact" else 64
     shape = Shape(stage, "float16", 16, n_kv_heads=1, group=1, n_queries=1, body=body, tail=200)
     p = make(shape, backend=BACKEND)
@@ -431,17 +431,23 @@ def test_many_small_weights_are_not_lost(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", ["int2", "turboquant(bits=2)"])
-def test_values_of_very_different_sizes(stage: str) -> None:
-    """Sizes of rows from 1e-5 to 1e4, the smallest first: weights times scales stay halves."""
+@pytest.mark.parametrize("grows", [True, False])
+def test_values_of_very_different_sizes(stage: str, grows: bool) -> None:
+    """Rows from 1e-4 to 1e4 in one split, those that weigh most the smallest: weights times scales stay halves."""
     shape = Shape(stage, "float16", 64, n_kv_heads=1, n_queries=1, body=192, tail=3)
-    for sizes in (np.geomspace(1e-5, 1e4, 192), np.geomspace(1e4, 1e-5, 192)):
-        p = make(shape, backend=BACKEND)
-        size = BACKEND.from_numpy(sizes.astype(np.float32))[:, None]
-        for name in ("scales", "zeros"):
-            plane = p.store.planes.get(f"values.{name}")
-            if plane is not None:
-                plane[:192] = (plane[:192].float() * size).clamp(-60000, 60000).half()
-        check(attend_decode, p)
+    p = make(shape, backend=BACKEND)
+    sizes = np.geomspace(1e-4, 1e4, 192)[:: 1 if grows else -1]
+    size = BACKEND.from_numpy(np.ascontiguousarray(sizes, np.float32))[:, None]
+    for name in ("scales", "zeros"):
+        plane = p.store.planes.get(f"values.{name}")
+        if plane is not None:
+            plane[:192] = (plane[:192].float() * size).clamp(-60000, 60000).half()
+    for mask in (None, BACKEND.from_numpy(-10 * np.log10(sizes).astype(np.float32))):
+        if mask is not None:
+            # In logits: what is 1e8 times larger has 1e-35 of the weight.
+            rest = torch.full((p.store.end - 2,), -99.0, device=mask.device)
+            p.mask = torch.cat([rest[:2], mask, rest])[None, None, None]
+        check(partial(attend_decode, config=Config(programs=0)), p)
 
 
 def test_rows_that_no_token_sees_are_not_read() -> None:

@@ -31,7 +31,7 @@ from kvmlx import layout  # noqa: E402
 from kvmlx.backends.formats import AFFINE, CODEBOOK, Format  # noqa: E402
 from kvmlx.backends.torch.ops import on  # noqa: E402
 from kvmlx.backends.torch.triton import prefill, tiles  # noqa: E402
-from kvmlx.backends.torch.triton.launch import Launch, recording  # noqa: E402
+from kvmlx.backends.torch.triton.launch import A100, H100, MI300X, Launch, recording  # noqa: E402
 from kvmlx.backends.torch.triton.operands import NUMBERS, numbers_of, operands  # noqa: E402
 from kvmlx.backends.torch.triton.prefill import Config, attend_prefill, configuration, configurations  # noqa: E402
 from kvmlx.checks import Case  # noqa: E402
@@ -228,13 +228,19 @@ def named(shape: Shape) -> str:
     return shape.name
 
 
+def unsplit(store: LayerStore, queries: Any, **given: Any) -> Any:
+    """Attend as where the query rows fill the device; the default of these small shapes is to merge splits."""
+    x = operands(store, queries, scale=1.0)
+    return attend_prefill(store, queries, **given, config=replace(configuration(x), programs=0))
+
+
 def run(p: Problem, **more: Any) -> Any:
     return attend_prefill(p.store, p.queries, **p.arguments(), **more)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *MORE], ids=named)
 def test_prefill(shape: Shape) -> None:
-    check(attend_prefill, make(shape, backend=BACKEND))
+    check(unsplit, make(shape, backend=BACKEND))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU runs what is compiled for it: test_prefill")
@@ -291,7 +297,8 @@ def test_vectors(case: Case, place: str, absent: str) -> None:
     store.begin = begin
     store.encode_oldest(np.maximum(np.full_like(begin, body) - begin, 0))
     p = Problem(store, x["queries"], params["scale"], x.get("sinks"), None)
-    assert_close(to_numpy(run(p)), t["out"], plain(p))
+    kernel = attend_prefill if place == "both" else unsplit
+    assert_close(to_numpy(kernel(store, p.queries, **p.arguments())), t["out"], plain(p))
 
 
 # What splits, strides, sinks and windows must not change
@@ -317,13 +324,14 @@ def test_splits_agree(shape: Shape) -> None:
 
 
 def test_few_query_rows_are_split_and_many_are_not() -> None:
-    def n_splits(body_rows: int, n_blocks: int, n_batch: int = 1) -> int:
-        x = SimpleNamespace(n_kv_heads=8, n_batch=n_batch, body_rows=body_rows, tail_rows=80)
-        return prefill.splits(x, n_blocks, Config(128, 64, 8, least_tiles=4), 132)  # type: ignore[arg-type]
+    def n_splits(body_rows: int, n_blocks: int, n_batch: int = 1, programs: int = 1) -> int:
+        x: Any = SimpleNamespace(n_kv_heads=8, n_batch=n_batch, body_rows=body_rows, tail_rows=80)
+        return prefill.splits(x, n_blocks, Config(128, 64, 8, least_tiles=4, programs=programs), 132)
 
     assert [n_splits(8192, n) for n in (1, 2, 8, 9, 17, 100)] == [16, 8, 2, 0, 0, 0]
     assert [n_splits(rows, 1) for rows in (100, 500, 1000)] == [1, 2, 4]
     assert n_splits(8192, 1, n_batch=4) == 4
+    assert n_splits(8192, 1, programs=0) == 0
 
 
 @pytest.mark.parametrize("layout", ["heads last", "cut", "odd"])
@@ -358,13 +366,15 @@ def test_queries_that_see_nothing_give_zeros() -> None:
     p = make(Shape(mask="bool L", n_queries=12), backend=BACKEND)
     assert p.mask is not None
     p.mask[:, :, 2] = False
-    assert (to_numpy(check(attend_prefill, p))[:, :, 2] == 0).all()
+    for kernel in (attend_prefill, unsplit):
+        assert (to_numpy(check(kernel, p))[:, :, 2] == 0).all()
 
 
 def test_a_large_sink_or_logit_neither_overflows_nor_vanishes() -> None:
     p = make(Shape(attention_sinks=True, n_queries=9), backend=BACKEND)
     p.sinks = BACKEND.from_numpy(np.array([200.0, -200.0, 0.0, 90.0], np.float32))
     check(attend_prefill, p)
+    check(unsplit, p)
     for scale in (40.0, -0.5):
         p = make(Shape(n_queries=9), backend=BACKEND)
         p.scale = scale
@@ -537,6 +547,11 @@ def test_no_integer_is_specialized() -> None:
 def test_configurations() -> None:
     p = make(SHAPES[0], backend=BACKEND)
     x = operands(p.store, p.queries, scale=p.scale)
+    chosen = []
+    for chip in (H100, A100, MI300X):
+        with recording(chip):
+            chosen.append(configuration(x))
+    assert CUDA or (len(set(chosen)) == 3 and chosen[0] == configuration(x))
     found = list(configurations(x))
     assert found[0] == configuration(x) and len(found) == len(set(found)) > 8
     for config in (Config(64, 32, 4), Config(256, 16, 8)):

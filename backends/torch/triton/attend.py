@@ -61,7 +61,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _AFFINE, _CHANNEL, _CODEBOOK = tl.constexpr(AFFINE), tl.constexpr(CHANNEL), tl.constexpr(CODEBOOK)
 _LIFT = tl.constexpr(8.0)
 """Weights are 2^8 times larger than they need be: what is far below the largest one is still a normal half."""
-_LARGEST = tl.constexpr(65504.0)
+_SMALLEST = tl.constexpr(2.0**-100)
+_SMALLEST_HALF = tl.constexpr(2.0**-24)
 
 
 def padded_rows(backend: str, rows: int) -> int:
@@ -82,9 +83,15 @@ _padded, _kept = compile_time(padded_rows), compile_time(kept_groups)
 
 @triton.jit
 def _power_of_two(x):
-    """Return the power of two at or below x, 1 for 0."""
-    p = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(p == 0.0, 1.0, p)
+    """Return the power of two at or below x, which is at least 2^-126, and 1 over it."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _near_log2(x):
+    """Return the logarithm of x > 0 to a tenth: from its bits, exponent and mantissa."""
+    return x.to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-23 - 127.0
 
 
 @triton.jit
@@ -130,11 +137,14 @@ def _row_numbers(p, first, rows, live, N: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _first_size(scales, first, lo, hi, N: tl.constexpr, G: tl.constexpr, TILE: tl.constexpr):
-    """Return the power of two of the largest scale of the rows from lo on."""
-    rows = lo + tl.arange(0, TILE)
-    x = _row_numbers(scales, first, rows, rows < hi, N, G)
-    return _power_of_two(tl.max(tl.max(tl.abs(x), axis=1), axis=0))
+def _row_number(p, first, rows, left, TILE: tl.constexpr):
+    """Load the number of each of a tile's rows, float32 [TILE], of which ``left`` exist; zeros for others.
+
+    Several at a time, so that they are copied ahead: rows of a span's head-room, behind the last one, are read too.
+    """
+    t = tl.arange(0, TILE)
+    x = tl.load(p + first + rows, mask=t // 8 * 8 < left, other=0.0)
+    return tl.where(t < left, x, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -216,20 +226,15 @@ def _attend_rows(
     token = r % n_queries
 
     x = _query_rows(q, r, stop, n_queries, q_head, q_token, keys_signs, D, K_STREAMS * K_WORDS, K_ROTATED)
-    unit = scale * _LOG2E
+    unit = tl.full((R,), 1.0, tl.float32) * (scale * _LOG2E)
     if K_KIND > EXACT_KINDS and tl.float16 == KT:
         # The model's dtype may have a larger range than the halves that codes are multiplied by.
-        power = _power_of_two(tl.max(tl.max(tl.abs(x), axis=1), axis=0))
-        x = x * (1.0 / power)
+        power, inverse = _power_of_two(tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST))
+        x = x * inverse[:, None]
         unit = unit * power
     qs, q_sums = _query_streams(x, K_KEPT, K_STREAMS, K_GROUP if K_KEPT > 0 else 1, KT)
     if MEANS:
         q_whole = tl.trans(x).to(KT)
-    v_unit = 1.0
-    if SIZED:
-        # Weights times the values' scales are halves too: sizes relative to those of the first rows.
-        v_unit = _first_size(values_scales, first, lo, hi, DV // V_GROUP if V_KEPT > 0 else 1, VG, TILE)
-    v_shrink = 1.0 / v_unit
 
     peak = tl.full((R,), -float("inf"), tl.float32)
     total = tl.zeros((TILE, R), tl.float32)
@@ -250,13 +255,16 @@ def _attend_rows(
         s = tl.zeros((TILE, R * KG), tl.float32)
         for j in tl.static_range(K_STREAMS):
             s = product(k[j], qs[j], s)
-        if K_KEPT > 0:
+        if KG > 1:
             k_sizes = _row_numbers(keys_scales, first, rows, live, D // K_GROUP, KG)
             k_zeros = _row_numbers(keys_offsets, first, rows, live, D // K_GROUP, KG)
             s = tl.reshape(s, (TILE, R, KG)) * k_sizes[:, None, :] + k_zeros[:, None, :] * q_sums[None, :, :]
             s = tl.sum(s, axis=2)
+        elif K_KEPT > 0:
+            k_zeros = _row_number(keys_offsets, first, rows, hi - start, TILE)[:, None] * tl.reshape(q_sums, (1, R))
+            s = s * _row_number(keys_scales, first, rows, hi - start, TILE)[:, None] + k_zeros
         elif K_KIND == _CODEBOOK:
-            s = s * (tl.load(keys_scales + first + rows, mask=live, other=0.0).to(tl.float32) * K_FACTOR)[:, None]
+            s = s * (_row_number(keys_scales, first, rows, hi - start, TILE) * K_FACTOR)[:, None]
         if MEANS:
             # Every row of a block has the block's mean in it.
             c = tl.arange(0, K_STREAMS * K_WORDS)
@@ -265,7 +273,7 @@ def _attend_rows(
                 s += tl.max(tl.dot(tl.broadcast_to(mean[None, :], (16, K_STREAMS * K_WORDS)), q_whole), axis=0)[None, :]
             else:
                 s += tl.sum(mean.to(tl.float32)[:, None] * q_whole, axis=0)[None, :]
-        s = s * unit
+        s = s * unit[None, :]
         if BIASED:
             s += (tl.load(bias + first + rows, mask=live, other=0.0) * _LOG2E)[:, None]
         visible = live[:, None]
@@ -287,7 +295,15 @@ def _attend_rows(
                     s += m.to(tl.float32) * _LOG2E
         s = tl.where(visible, s, -float("inf"))
 
-        new = tl.maximum(peak, tl.max(s, axis=0))
+        # The peak is that of the weights that are multiplied: halves, which must neither overflow nor vanish.
+        reach = s
+        if VG > 1:
+            v_sizes = _row_numbers(values_scales, first, rows, live, DV // V_GROUP, VG)
+            reach = s + _near_log2(tl.maximum(tl.max(tl.abs(v_sizes), axis=1), _SMALLEST_HALF))[:, None]
+        elif SIZED:
+            v_sizes = _row_number(values_scales, first, rows, hi - start, TILE)[:, None]
+            reach = s + _near_log2(tl.maximum(tl.abs(v_sizes), _SMALLEST_HALF))
+        new = tl.maximum(peak, tl.max(reach, axis=0))
         safe = tl.where(new == -float("inf"), 0.0, new) - LIFT
         shrink = tl.exp2(peak - LIFT - safe)[None, :]
         p = tl.exp2(s - safe[None, :])
@@ -297,19 +313,19 @@ def _attend_rows(
         words = load_words(values_codes0, values_codes1, first, rows, live, DV, V_WORDS, V_KIND, V_BITS, True)
         v = streams(words, values_levels, V_KIND, V_BITS, V_STREAMS, True, VT)
         weights = p
-        if V_KEPT > 0:
-            v_sizes = _row_numbers(values_scales, first, rows, live, DV // V_GROUP, VG)
+        if VG > 1:
+            weights = tl.reshape(p[:, :, None] * v_sizes[:, None, :], (TILE, R * VG))
+        elif SIZED:
+            weights = p * v_sizes
+        if VG > 1:
             v_zeros = _row_numbers(values_offsets, first, rows, live, DV // V_GROUP, VG)
-            weights = tl.reshape(p[:, :, None] * (v_sizes * v_shrink)[:, None, :], (TILE, R * VG))
             zeros = zeros * shrink[:, :, None] + p[:, :, None] * v_zeros[:, None, :]
-        elif V_KIND == _CODEBOOK:
-            v_sizes = tl.load(values_scales + first + rows, mask=live, other=0.0).to(tl.float32)
-            weights = p * (v_sizes * v_shrink)[:, None]
-        elif V_KIND > EXACT_KINDS:
+        elif V_KEPT > 0:
+            v_zeros = _row_number(values_offsets, first, rows, hi - start, TILE)[:, None]
+            zeros = zeros * shrink[:, :, None] + (p * v_zeros)[:, :, None]
+        elif V_KIND == _AFFINE:
             v = _dequantized(v, values_scales, values_offsets, first, start, rows, live, DV, V_WORDS, V_STREAMS, V_KIND,
                              V_GROUP, TILE, True, VT)  # fmt: skip
-        if SIZED and tl.float16 == VT:
-            weights = tl.minimum(weights, _LARGEST)
         weights = weights.to(VT)
         sums = ()
         for j in tl.static_range(V_STREAMS):
@@ -321,6 +337,7 @@ def _attend_rows(
         acc = sums
 
     weight = tl.sum(total, axis=0)
+    shrunk = V_FACTOR
     if WHOLE:
         if sink_logits is not None:
             logit = tl.load(sink_logits + r // n_queries, mask=r < stop, other=-float("inf")).to(tl.float32) * _LOG2E
@@ -328,12 +345,12 @@ def _attend_rows(
             safe = tl.where(new == -float("inf"), 0.0, new)
             shrink = tl.exp2(peak - safe)
             weight = weight * shrink + tl.exp2(logit - safe + LIFT)
-            v_unit = v_unit * shrink[None, :]
+            shrunk = shrink[None, :]
         at = (r // n_queries).to(tl.int64) * out_head + token.to(tl.int64) * out_token
     else:
         at = (i_lane.to(tl.int64) * n_rows + r) * n_splits + i_split
-        # The largest weight is 2^LIFT; without any the peak is -inf.
-        tl.store(lse + at, peak - LIFT + tl.log2(tl.maximum(weight, 1.0)), mask=r < stop)
+        # Without any row the peak is -inf.
+        tl.store(lse + at, peak - LIFT + tl.log2(tl.maximum(weight, 1e-30)), mask=r < stop)
         at = at * POSITIONS
     over = 1.0 / tl.maximum(weight, 1e-30)
     w = tl.arange(0, V_WORDS)
@@ -342,7 +359,7 @@ def _attend_rows(
         own = ((w * V_STREAMS // V_GROUP)[:, None] == tl.arange(0, VG)[None, :])[:, None, :]
         zero = tl.reshape(tl.sum(zeros, axis=0), (1, R, VG))
     for j in tl.static_range(V_STREAMS):
-        y = acc[j] * (v_unit * V_FACTOR)
+        y = acc[j] * shrunk
         if V_KEPT > 0:
             y = tl.sum(tl.where(own, tl.reshape(y, (V_WORDS, R, VG)) + zero, 0.0), axis=2)
         y = y * over[None, :]

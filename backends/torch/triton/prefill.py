@@ -8,9 +8,9 @@ output is written. The accumulator leaves the values' rotated basis once, betwee
 
 What dequantizing costs: every block of query rows that reads a tile dequantizes it, so with 128 of them a value, which
 takes 2 instructions (`int4`), stands beside 128 multiply-adds on the matrix units and half a weight of the softmax,
-which takes 8. Counted in the machine code for sm_90 (scripts/compile_triton.py; D = 128), a warp issues 832
-instructions for 128 rows of `int4` where exact rows, in tiles of 64, take 692. With 8 warps on 4 schedulers that
-is 1664 cycles beside 2048 of the matrix units: where they overlap it takes as long as dense attention, where nothing
+which takes 8. Counted in the machine code for sm_90 (scripts/compile_triton.py; D = 128), a warp issues some 830
+instructions for 128 rows of `int4` where exact rows, in tiles of 64, take 690. With 8 warps on 4 schedulers that
+is 1660 cycles beside 2048 of the matrix units: where they overlap it takes as long as dense attention, where nothing
 does 1.1 to 1.2 times as long. That is a prediction: no GPU was there to measure it.
 
 A chunk that has too few query rows to fill the device is split along the store's rows too, into as many programs as
@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvmlx.backends.formats import FLOAT32
+from kvmlx.backends.formats import FLOAT32, Format
 from kvmlx.backends.torch.triton.codecs import bound, product
 from kvmlx.backends.torch.triton.launch import TritonKernel, chip_of, constant
 from kvmlx.backends.torch.triton.operands import NUMBERS, SIDES, UNALIGNED, Operands, counts, lane_of, operands
@@ -285,7 +285,7 @@ def attend_prefill_kernel(
         lo = split * share
         hi = lo + share
         body_stop = tl.minimum(body_stop, body_begin + tl.minimum(hi, n_body) * BLOCK_N)
-        body_begin += tl.minimum(lo, n_body) * BLOCK_N
+        body_begin += lo * BLOCK_N
         tail_stop = tl.minimum(tail_stop, tail_begin + tl.maximum(hi - n_body, 0) * TAIL_N)
         tail_begin += tl.maximum(lo - n_body, 0) * TAIL_N
 
@@ -405,7 +405,7 @@ class Config:
     tail_n: int = 64
     tail_stages: int = 3
     programs: int = 1
-    """Programs that a multiprocessor is given, before which rows are not split."""
+    """Programs that a multiprocessor is given: rows are split where there are fewer; 0: they never are."""
     least_tiles: int = 4
     """Tiles of a split, at least."""
 
@@ -450,8 +450,7 @@ def attend_prefill(
         given["partial"] = torch.empty((n_splits, b * n * hq, x.value_dim), **made)
         given["lse"] = torch.empty((n_splits, b * n * hq), **made)
     for side, fmt, dim in zip(SIDES, (x.keys, x.values), (x.key_dim, x.value_dim), strict=True):
-        table = table_of(fmt, dim)
-        given[f"{side}_table"] = None if table is None else constant(table, queries.device)
+        given[f"{side}_table"] = _table_on(fmt, dim, queries.device)
     _launch(
         _PREFILL,
         (n_blocks * max(1, n_splits), x.n_kv_heads, b),
@@ -495,6 +494,12 @@ def _launch(
     kernel(grid, arguments, constants | {name: None for name, t in optional.items() if t is None}, **options)
 
 
+@lru_cache
+def _table_on(fmt: Format, dim: int, device: torch.device) -> Tensor | None:
+    table = table_of(fmt, dim)
+    return None if table is None else constant(table, device)
+
+
 def splits(x: Operands, n_blocks: int, config: Config, n_processors: int) -> int:
     """Return into how many programs the rows of each lane are split; 0, nothing to merge, where query rows suffice."""
     wanted = n_processors * config.programs // max(1, n_blocks * x.n_kv_heads * x.n_batch)
@@ -514,11 +519,12 @@ def configuration(x: Operands) -> Config:
     chip = chip_of(queries.device)
     if chip.backend == "hip":
         return Config(64, 32, 4, 1, 32, 1)
-    has_wgmma = chip.capability >= 90
+    # An H100 multiplies out of shared memory; an A100 needs registers for it, and small GPUs have 99 KB of it in all.
+    large = 90 <= chip.capability < 120
     if not narrow:
-        return Config(128, 32, 8, tail_n=32) if has_wgmma else Config(32, 64, 4, 2, 32, 2, 2)
+        return Config(128, 32, 8, tail_n=32) if large else Config(32, 64, 4, 2, 32, 2, 2)
     packed = x.keys.kind > FLOAT32 and x.values.kind > FLOAT32
-    return Config(128, 128 if packed and has_wgmma else 64, 8)
+    return Config(128, 128 if packed and large else 64, 8)
 
 
 def configurations(x: Operands) -> Iterator[Config]:
