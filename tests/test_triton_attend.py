@@ -137,13 +137,9 @@ def as_on(monkeypatch: pytest.MonkeyPatch, backend: str) -> Iterator[list[str]]:
             made.append(interpreter.TensorHandle(halves, types[0].scalar))
         return SimpleNamespace(get_result=made.__getitem__)
 
-    def for_backend(of: Any) -> Any:
-        return lambda *numbers: triton.language.constexpr(of(backend, *(getattr(x, "value", x) for x in numbers)))
-
     with monkeypatch.context() as patch:
-        patch.setattr(codecs, "_compiled_for_nvidia", for_backend(lambda name: name == "cuda"))
-        patch.setattr(attend, "_padded", for_backend(attend.padded_rows))
-        patch.setattr(attend, "_kept", for_backend(attend.kept_groups))
+        for module in (codecs, attend):
+            patch.setattr(module, "compiled_for", lambda name: name == backend)
         patch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", run)
         yield ran
 

@@ -33,7 +33,7 @@ from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, FLOAT32, Format
 from kvmlx.backends.torch.triton.codecs import (
     EXACT_KINDS,
     bound,
-    compile_time,
+    compiled_for,
     deal,
     hadamard,
     level_factor,
@@ -50,8 +50,6 @@ MAX_QUERIES = 8
 """New tokens up to which this kernel is the one to take."""
 COLUMNS = 8
 """Columns of the smallest product of NVIDIA's matrix units: as many are always computed."""
-AMD_ROWS = 16
-"""Of AMD's."""
 MAX_COLUMNS = 32
 """Columns of a program's products: its accumulators are in registers."""
 MAX_GROUPS = 4
@@ -63,19 +61,6 @@ _LIFT = tl.constexpr(8.0)
 """Weights are 2^8 times larger than they need be: what is far below the largest one is still a normal half."""
 _SMALLEST = tl.constexpr(2.0**-100)
 _SMALLEST_HALF = tl.constexpr(2.0**-24)
-
-
-def padded_rows(backend: str, rows: int) -> int:
-    """Return the query rows that a program computes, of which it writes ``rows``."""
-    return max(rows, AMD_ROWS) if backend == "hip" else rows
-
-
-def kept_groups(backend: str, groups: int, rows: int) -> int:
-    """Return the groups whose scales stay out of the products where rows were padded; 0 where they cannot."""
-    return 0 if backend == "hip" and groups * rows > MAX_COLUMNS else groups
-
-
-_padded, _kept = compile_time(padded_rows), compile_time(kept_groups)
 
 
 # Kernels
@@ -201,7 +186,7 @@ def _attend_rows(
     V_KIND: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr,
     V_STREAMS: tl.constexpr, V_WORDS: tl.constexpr, V_GROUPS: tl.constexpr, V_FACTOR: tl.constexpr,
     BIASED: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, TAIL: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, POSITIONS: tl.constexpr,
+    ROWS: tl.constexpr, LARGEST_TILE: tl.constexpr, STAGES: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """Attend over rows lo .. hi of a lane's body or tail, and write what the split gives.
 
@@ -209,12 +194,15 @@ def _attend_rows(
     first_column: of row 0. K_GROUPS, V_GROUPS: groups whose scales stay out of the products, padded to a power of
     two; 0: none do. partial: WHOLE: the output, at this lane's first head; else a split's place.
     """
-    R: tl.constexpr = _padded(ROWS)
+    # AMD's products have 16 columns, and its registers no room for larger tiles of them, or for 4 times as many.
+    AMD: tl.constexpr = compiled_for("hip")
+    R: tl.constexpr = 16 if AMD and ROWS < 16 else ROWS
+    TILE: tl.constexpr = 32 if AMD and LARGEST_TILE > 32 else LARGEST_TILE
+    K_KEPT: tl.constexpr = 0 if AMD and R * K_GROUPS > 32 else K_GROUPS
+    V_KEPT: tl.constexpr = 0 if AMD and R * V_GROUPS > 32 else V_GROUPS
     M: tl.constexpr = q.dtype.element_ty
     KT: tl.constexpr = M if K_KIND <= EXACT_KINDS or tl.float32 == M else tl.float16
     VT: tl.constexpr = M if V_KIND <= EXACT_KINDS or tl.float32 == M else tl.float16
-    K_KEPT: tl.constexpr = _kept(K_GROUPS, R)
-    V_KEPT: tl.constexpr = _kept(V_GROUPS, R)
     KG: tl.constexpr = K_KEPT if K_KEPT > 0 else 1
     VG: tl.constexpr = V_KEPT if V_KEPT > 0 else 1
     MEANS: tl.constexpr = K_KIND == _CODEBOOK and K_GROUP > 0

@@ -15,6 +15,7 @@ can be (`POLYNOMIALS`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cache
 from math import sqrt
@@ -208,9 +209,11 @@ def _constraints(bits: int) -> str:
 
 
 def compile_time(f: Callable[..., Any]) -> Any:
-    """Make of ``f(backend, *numbers)`` what a kernel's compiler can call; the backend is ``cuda``, ``hip``, or ````.
+    """Make of ``f(backend, *numbers)`` what kernels can call as they are compiled.
 
-    What is compiled for decides, not the machine that compiles; the interpreter has no name.
+    The backend, ``cuda`` or ``hip``, is that of what is compiled for, not of the machine; the interpreter has no name.
+    Triton does not see f, and keeps compiled kernels by their source and the constants that it names: what f gives must
+    depend on nothing else, or on what such a constant stands for (`_TEXTS`).
     """
 
     def called(*numbers: Any, _semantic: Any = None, _builder: Any = None) -> Any:
@@ -223,12 +226,21 @@ def compile_time(f: Callable[..., Any]) -> Any:
     return called
 
 
-_compiled_for_nvidia = compile_time(lambda backend: backend == "cuda")
+compiled_for = compile_time(lambda backend, name: backend == name)
 _assembly = compile_time(lambda _, bits, centered, table: table_ptx(bits) if table else ptx(bits, centered))
 _registers = compile_time(lambda _, bits: _constraints(bits))
 _halves = compile_time(lambda _, bits: (tl.float16,) * codes_per_word(bits))
 _terms = compile_time(lambda _, bits: len(POLYNOMIALS[bits]))
 _coefficient = compile_time(lambda _, bits, i: (1.0, *POLYNOMIALS[bits][1:])[i])
+
+
+def _texts() -> str:
+    """Return a digest of what the functions above give."""
+    made = [ptx(b, centered) for b in PLACES for centered in (False, True) if b in POLYNOMIALS or not centered]
+    return hashlib.sha256(repr((made, [table_ptx(b) for b in (2, 4)], POLYNOMIALS)).encode()).hexdigest()
+
+
+_TEXTS = tl.constexpr(_texts())
 
 
 # Kernels
@@ -319,13 +331,14 @@ def streams(words, levels, KIND: tl.constexpr, BITS: tl.constexpr, S: tl.constex
     Codes of affine formats; levels of code books, but for the factor `level_factor`; exact rows as they are.
     S: `streams_of` the format. TABLE: whether `table_ptx` is preferred. T: float16 or float32; of exact rows their own.
     """
+    texts: tl.constexpr = _TEXTS  # noqa: F841
     if KIND <= EXACT_KINDS:
         out = words
     elif KIND == _CODEBOOK and (tl.float32 == T or BITS == 6):
         out = ()
         for j in tl.static_range(S):
             out += (tl.load(levels + _code(words, j, BITS).to(tl.int32)).to(T),)
-    elif tl.float16 == T and _compiled_for_nvidia():
+    elif tl.float16 == T and compiled_for("cuda"):
         out = _streams_by_ptx(words, BITS, KIND == _CODEBOOK, TABLE and KIND == _CODEBOOK and (BITS == 2 or BITS == 4))
     else:
         out = ()
