@@ -191,13 +191,18 @@ class Loaded:
     """Whether kvmlx wrote the file; else it is one of mlx-lm's own, without version and checksum."""
 
 
-def load(adapter: Adapter, path: str | os.PathLike[str]) -> Loaded:
+def load(adapter: Adapter, path: str | os.PathLike[str], *, data: bool = True) -> Loaded:
     """Read the caches of one model from a file of kvmlx's, of any backend, or of mlx-lm's own.
+
+    Args:
+        adapter: of the library whose caches are made.
+        path: the file.
+        data: False for an adapter that asks for shapes only: arrays are verified, but not held (`kvmlx.files.read`).
 
     Raises:
         CacheFileError: the file is missing, truncated, damaged, foreign, newer, or holds what the library has not.
     """
-    contents = files.read(path, stock=True)
+    contents = files.read(path, stock=True, data=data)
     writer = _writer(contents)
     foreign = adapter.name not in (None, writer)
     by = f", written by kvmlx's {writer} backend," if foreign and contents.is_kvmlx else ""

@@ -16,6 +16,8 @@ FLOAT16, BFLOAT16, FLOAT32, AFFINE, CHANNEL, CODEBOOK = range(6)
 """The kinds of codecs, numbered as in codecs.metal."""
 MAX_DIM = 256
 """Channels of a row up to which the attention kernels' threadgroup memory and registers reach."""
+GROUPS = (8, 16, 32, 64, 128, 256)
+"""Numbers that share a scale, or rows that share numbers, for which there are encode kernels."""
 EXACT = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32}
 
 
@@ -77,6 +79,37 @@ def unsupported(codecs: tuple[Codec, Codec] | None, dim: int, value_dim: int) ->
     values = format_of(codecs[1], value_dim)
     if values.block > 1:
         return f"values that share an entry among {values.block} rows"
+    return None
+
+
+def not_encoded(codec: Codec, dim: int, fits: bool, dims: str) -> str | None:
+    """Return why no encode kernel makes rows of ``dim`` channels, or None where one does.
+
+    Args:
+        codec: what encodes.
+        dim: channels of a row.
+        fits: whether a framework's kernels have this number of channels.
+        dims: which they have, in words.
+    """
+    if isinstance(codec, Exact):
+        return None
+    if not isinstance(codec, (Affine, Channel, CodeBook)):
+        return (
+            f"encode: no kernel for {type(codec).__name__}; there are kernels for Affine, Channel, CodeBook and Exact"
+        )
+    if not fits:
+        return f"encode: no kernel for a head dim of {dim}; {dims}"
+    most = 6 if isinstance(codec, CodeBook) else 8
+    if codec.bits not in layout.CODE_BITS or codec.bits > most:
+        allowed = ", ".join(str(bits) for bits in layout.CODE_BITS if bits <= most)
+        return f"encode: no kernel for {codec.bits} bits; {allowed} have one"
+    fmt = format_of(codec, dim)
+    if fmt.kind == AFFINE and (fmt.group not in GROUPS or dim % fmt.group):
+        divisors = ", ".join(str(g) for g in GROUPS if dim % g == 0)
+        return f"encode: no kernel for group_size={fmt.group} at a head dim of {dim}; {divisors} have one"
+    if fmt.kind != AFFINE and fmt.group and fmt.group not in GROUPS:
+        name = "center" if fmt.kind == CODEBOOK else "group_size"
+        return f"encode: no kernel for {name}={fmt.group}; {', '.join(map(str, GROUPS))} have one"
     return None
 
 

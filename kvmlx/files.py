@@ -25,6 +25,10 @@ FORMAT_VERSION = 1
 """Counts changes of the container, of the JSON in it and of the planes' bytes together."""
 MAX_HEADER_BYTES = 32 << 20
 MAX_DIMS = 8
+BLOCK_BYTES = 1 << 20
+"""Read at a time of data that is only verified."""
+SMALL_BYTES = 1 << 16
+"""An array of up to so many is kept even then: mlx-lm's files have texts and numbers as arrays."""
 
 _SAFETENSORS = {
     "bool": ("BOOL", 1),
@@ -68,7 +72,11 @@ class Stored(NamedTuple):
     """A NumPy name, or ``bfloat16``."""
     shape: tuple[int, ...]
     data: Any
-    """Its bytes in C order, little-endian: any object with a contiguous buffer."""
+    """Its bytes in C order, little-endian: any object with a contiguous buffer. None where they were only verified."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _SAFETENSORS[self.dtype][1]
 
 
 class Contents(NamedTuple):
@@ -129,12 +137,13 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, Stored], header: Ma
     _sync_folder(folder)
 
 
-def read(path: str | os.PathLike[str], *, stock: bool = False) -> Contents:
+def read(path: str | os.PathLike[str], *, stock: bool = False, data: bool = True) -> Contents:
     """Read a file and verify all of it.
 
     Args:
         path: the file.
         stock: also accept a file of mlx-lm's ``save_prompt_cache``, which has no version and no checksum.
+        data: whether arrays of more than SMALL_BYTES are kept; else their bytes are verified and let go.
 
     Raises:
         CacheFileError: it is missing, truncated, damaged, foreign or newer; the message says which.
@@ -145,7 +154,7 @@ def read(path: str | os.PathLike[str], *, stock: bool = False) -> Contents:
         if not stat.S_ISREG(mode):
             _refuse(name, f"is {_kind(mode)}, not a cache file")
         with open(name, "rb") as file:
-            return _read(name, file, stock)
+            return _read(name, file, stock, data)
     except FileNotFoundError as error:
         raise CacheFileError(f"{name}: there is no such file") from error
     except OSError as error:
@@ -233,10 +242,10 @@ def _compose(name: str, arrays: Mapping[str, Stored], header: Mapping[str, str])
     parts, at = [], 0
     for key in order:
         array = arrays[key]
-        code, itemsize = _SAFETENSORS[array.dtype]
+        code, _ = _SAFETENSORS[array.dtype]
         view = memoryview(array.data)
         view = view.cast("B") if view.nbytes else memoryview(b"")
-        if view.nbytes != math.prod(array.shape) * itemsize:
+        if view.nbytes != array.nbytes:
             raise ValueError(f"array {key!r} has {view.nbytes} bytes, its shape {array.shape} says otherwise")
         tree[key] = {"dtype": code, "shape": list(array.shape), "data_offsets": [at, at + view.nbytes]}
         parts.append(view)
@@ -256,7 +265,7 @@ def _compose(name: str, arrays: Mapping[str, Stored], header: Mapping[str, str])
 # -- reading ------------------------------------------------------------------------------------------------
 
 
-def _read(name: str, file: BinaryIO, stock: bool) -> Contents:
+def _read(name: str, file: BinaryIO, stock: bool, keep: bool) -> Contents:
     size = os.fstat(file.fileno()).st_size
     raw = _read_header(name, file, size)
     try:
@@ -281,15 +290,25 @@ def _read(name: str, file: BinaryIO, stock: bool) -> Contents:
         hasher.update(raw[_DIGEST.stop :])
     arrays = {}
     for entry in entries:
-        data = file.read(entry.end - entry.begin)
-        if len(data) < entry.end - entry.begin:
-            _truncated(name, start + entry.begin + len(data), start + end)
-        if hasher is not None:
-            hasher.update(data)
-        arrays[entry.name] = Stored(entry.dtype, entry.shape, data)
+        nbytes = entry.end - entry.begin
+        kept = keep or nbytes <= SMALL_BYTES
+        data, got = _take(file, nbytes, nbytes if kept else BLOCK_BYTES, hasher)
+        if got < nbytes:
+            _truncated(name, start + entry.begin + got, start + end)
+        arrays[entry.name] = Stored(entry.dtype, entry.shape, data if kept else None)
     if hasher is not None and hasher.hexdigest() != header["sha256"]:
         _damaged(name, "its bytes do not match its checksum")
     return Contents(header, arrays)
+
+
+def _take(file: BinaryIO, nbytes: int, block: int, hasher: Any) -> tuple[bytes, int]:
+    """Read on, ``block`` bytes at a time, and hash them; return the last block, and how many bytes were there."""
+    data, got = b"", 0
+    while got < nbytes and (data := file.read(min(block, nbytes - got))):
+        got += len(data)
+        if hasher is not None:
+            hasher.update(data)
+    return data, got
 
 
 def _read_header(name: str, file: BinaryIO, size: int) -> bytes:

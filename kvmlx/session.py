@@ -331,6 +331,8 @@ class LayerCache:
             self.padding = np.zeros(self.batch, np.int64)
         if self.strategy.identity or not (last or prompt_end):
             return
+        if last == 1 and not (prompt_end or chunk_end) and self._decodes():
+            return
         ends = self.prefilling & (prompt_end or (last == 1 and not chunk_end))
         act = self.prefilling.copy() if self.strategy.bounded and (last > 1 or chunk_end) else ends.copy()
         if self.strategy.every is not None:
@@ -349,12 +351,22 @@ class LayerCache:
             # Decoding selects nothing: the next prompt brings its own queries.
             self.queries, self.n_queries = None, np.zeros(self.batch, np.int64)
 
+    def _decodes(self) -> bool:
+        """Whether every sequence decodes and nothing is due, as in most steps of decoding."""
+        if self.strategy.every is not None or self.prefilling.any() or self.queries is not None:
+            return False
+        return not self.strategy.encodes or self._loose < FLUSH_ROWS
+
+    @property
+    def _loose(self) -> int:
+        """Rows of the longest lane's tail that are neither sinks nor recent."""
+        return self.store.end - self.store.first - self.strategy.sinks - self.strategy.recent
+
     def _encode(self, act: np.ndarray) -> None:
         """Encode rows older than `recent`: all of them where something acted, else once enough gathered."""
         store = self.store
-        loose = store.end - int(store.begin.min()) - self.strategy.sinks - self.strategy.recent
-        if loose < FLUSH_ROWS and not act.any():
-            return  # most steps of decoding
+        if self._loose < FLUSH_ROWS and not act.any():
+            return
         held = store.tail_lengths
         spare = held - np.minimum(self.strategy.sinks, held) - self.strategy.recent
         unit = store.unit

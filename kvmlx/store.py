@@ -72,6 +72,7 @@ class LayerStore:
         self.values: Array = None
         self.columns: dict[str, Array] = {}
         self.begin = np.zeros((0, 0), np.int64)
+        self._begins: tuple[bytes, int, bool] = (b"", 0, True)
         self.end = 0
         self.planes: Planes = {}
         self.start = np.zeros((0, 0), np.int64)
@@ -110,6 +111,19 @@ class LayerStore:
     @property
     def step(self) -> int:
         return RING_STEP if self.given_codecs else TAIL_STEP
+
+    @property
+    def first(self) -> int:
+        """The first row of the tail that any lane owns."""
+        return self._reckoned()[0]
+
+    def _reckoned(self) -> tuple[int, bool]:
+        """Return `first`, and whether every lane begins there: reckoned where ``begin`` has changed, not every step."""
+        held = self.begin.tobytes()
+        if held != self._begins[0]:
+            first = int(self.begin.min())
+            self._begins = held, first, bool((self.begin == first).all())
+        return self._begins[1:]
 
     @property
     def tail_lengths(self) -> np.ndarray:
@@ -183,13 +197,13 @@ class LayerStore:
 
     def tail(self) -> tuple[Array, Array, Array | None, Array | None]:
         """Return keys, values, validity and bias of the tail, without head-room and common padding."""
-        first = int(self.begin.min())
+        first = self.first
         cut = slice(first, self.end)
         bias = self.columns["bias"][:, :, cut] if self.biased else None
         return self.keys[:, :, cut], self.values[:, :, cut], self._tail_valid(first), bias
 
     def _tail_valid(self, first: int) -> Array | None:
-        if (self.begin == first).all():
+        if self._reckoned()[1]:
             return None
         xp = self.backend.xp
         rows = xp.arange(first, self.end)
@@ -424,7 +438,7 @@ class LayerStore:
     def add_to_column(self, name: str, tail: Array, body: Array | None) -> None:
         """Add ``tail [B, H, n]`` (rows from the first valid one on) and ``body [B, H, t]`` to a column."""
         xp = self.backend.xp
-        first = int(self.begin.min())
+        first = self.first
         column = self.columns[name]
         fresh = column[:, :, first : self.end] + tail
         self.columns[name] = self.backend.put(column[..., None], fresh[..., None], first)[..., 0]

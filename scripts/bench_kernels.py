@@ -1,6 +1,6 @@
 """Measure attention over compressed rows beside what MLX and mlx-lm do, on the machine it runs on.
 
-    python scripts/bench_kernels.py [--tokens 1024 8192 ...] [--formats int4 "snapkv(budget=0.25) | int4" ...] [--out F]
+    python -m scripts.bench_kernels [--tokens 1024 8192 ...] [--formats int4 "snapkv(budget=0.25) | int4" ...] [--out F]
 
 Decoding (1 new token) and prefill (512 new tokens) over a cache of so many tokens, new ones included, against
 `mx.fast.scaled_dot_product_attention` over dense rows and mlx-lm's attention over its quantized cache. Each result is
@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import kvmlx
 from kvmlx.backends.mlx import choose
 from kvmlx.selftest import why_plain
 from kvmlx.session import LayerCache, Session
 from kvmlx.store import LayerStore
 from kvmlx.strategy import Strategy
 from kvmlx.types import LayerInfo, ModelInfo
+from scripts.timing import quartiles, software
 
 BASELINE = "mx.fast attention"
 """`mx.fast.scaled_dot_product_attention`."""
@@ -437,14 +436,6 @@ def rms(x: np.ndarray) -> float:
 # What is said
 
 
-def quartiles(x: list[float]) -> tuple[float, float]:
-    """Return the first and third quartile, within the range of ``x``."""
-    if len(x) < 2:
-        return x[0], x[0]
-    low, _, high = statistics.quantiles(x, n=4, method="inclusive")
-    return low, high
-
-
 def row_of(part: str, s: Sizes, c: Contender, base: Contender, copy_rate: float) -> dict[str, Any]:
     row: dict[str, Any] = {
         "part": part,
@@ -508,9 +499,7 @@ def machine() -> dict[str, Any]:
         "device": f"{info.get('device_name', '')}, {device_kind()}",
         "memory_gib": round(memory_bytes() / 2**30, 1),
         "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
-        "kvmlx": kvmlx.__version__,
+        **software("mlx", "mlx-lm", "numpy"),
     }
 
 

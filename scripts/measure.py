@@ -1,7 +1,7 @@
 """Measure what the README and docs quote, and write it to docs/results/.
 
-    python scripts/measure.py memory|peak|quality|needles|speed [--quick] [--kv STRATEGY ...]
-    python scripts/measure.py render
+    python -m scripts.measure memory|peak|quality|needles|speed [--quick] [--kv STRATEGY ...]
+    python -m scripts.measure render
 
 Each part writes docs/results/<part>.json with machine, versions, shapes, medians and spread; `render` turns them
 into docs/results/README.md. On Linux run it through scripts/with-openblas, or MLX's matrix products take 30 times
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ import kvmlx
 from kvmlx.backends.mlx import layers_of
 from kvmlx.demo_model import ensure_demo_model
 from kvmlx.strategy import PRESETS, Strategy
+from scripts.timing import cpu, quartiles, software
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -89,18 +88,7 @@ CHUNK = 512
 
 def machine() -> dict[str, Any]:
     """Return hardware and versions, as every result states them."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = f"{names[0]}, {len(names)} cores" if names else cpu
-    packages = {name: version(name) for name in ("mlx", "mlx-lm", "numpy")}
-    return {
-        "cpu": cpu,
-        "device": str(mx.default_device()),
-        "python": platform.python_version(),
-        **packages,
-    } | {"kvmlx": kvmlx.__version__}
+    return {"cpu": cpu(), "device": str(mx.default_device()), **software("mlx", "mlx-lm", "numpy")}
 
 
 def write(part: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -405,12 +393,11 @@ def measure_speed(texts: list[str], tokens: int, steps: int, rounds: int) -> Non
             statistics.median(t[i * steps : (i + 1) * steps]) / statistics.median(base[i * steps : (i + 1) * steps])
             for i in range(rounds)
         ]
-        quartiles = statistics.quantiles(t, n=4)
         rows.append(
             {
                 "strategy": name,
                 "step_ms": statistics.median(t),
-                "quartiles_ms": [quartiles[0], quartiles[2]],
+                "quartiles_ms": list(quartiles(t)),
                 "of_stock": statistics.median(ratios),
                 "of_stock_range": [min(ratios), max(ratios)],
             }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from kvmlx import __version__, files
 from kvmlx.backends.numpy import BACKEND
 from kvmlx.cli.app import app
 from kvmlx.cli.cache import ROLES
+from kvmlx.files import BLOCK_BYTES
 from kvmlx.session import LayerCache, Session, report
 from kvmlx.state import layer_to_json, session_to_json
 from kvmlx.strategy import PRESETS, STAGES, Strategy
@@ -25,6 +28,8 @@ from kvmlx.types import LayerInfo, ModelInfo, Rotary
 from tests.bits import DATA, FILES_OF_BEFORE
 
 Run = Callable[..., Any]
+MAX_PEAK_BYTES = 2 * BLOCK_BYTES + (2 << 20)
+"""What a look at a file may take: the blocks that it hashes, and header, tables and the command line."""
 
 TEXTS = {
     "full": "full",
@@ -216,6 +221,36 @@ def test_nothing_is_loaded_but_numpy() -> None:
 
 
 # -- what is refused ------------------------------------------------------------------------------------------
+
+
+def test_a_large_file_is_verified_without_being_held(run: Run, tmp_path: Path) -> None:
+    layers = filled("full", n_layers=1)
+    store = layers[0].store
+    room = np.zeros((1, 4, 2**18, 64), np.float16)  # 128 MiB a side, nearly all of it head-room
+    for side in ("keys", "values"):
+        held = room.copy()
+        held[:, :, : store.end] = getattr(store, side)[:, :, : store.end]
+        setattr(store, side, held)
+    path = write(tmp_path / "large", layers)
+    held_nbytes = layers[0].nbytes
+    del layers, store, room, held
+    run(path)  # what is imported or cached by the first call is not counted
+    tracemalloc.start()
+    try:
+        found = json.loads(run("--json", path).stdout)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found["held"]["nbytes"] == held_nbytes == 2**28
+    assert peak < MAX_PEAK_BYTES
+    with open(path, "r+b") as file:
+        file.seek(-(2**27) - 12345, 2)
+        (byte,) = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    assert "its bytes do not match its checksum" in " ".join(run(path, code=2).stderr.split())
+    os.truncate(path, path.stat().st_size - 1)
+    assert "is truncated" in " ".join(run(path, code=2).stderr.split())
 
 
 def damaged(raw: bytes) -> dict[str, tuple[bytes, str]]:

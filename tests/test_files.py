@@ -334,6 +334,36 @@ def test_the_container_returns_what_it_was_given(tmp_path: Path) -> None:
     assert sizes == [0, 0]
 
 
+def test_data_that_is_only_verified_is_not_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(files, "SMALL_BYTES", 2000)
+    path = tmp_path / "c"
+    arrays = {f"{n}": files.Stored("uint8", (n,), bytes(range(250)) * (n // 250)) for n in (0, 250, 2000, 2250, 5000)}
+    files.write(path, arrays, {"a": "b"})
+    whole, verified = files.read(path), files.read(path, data=False)
+    assert verified.header == whole.header and verified.arrays.keys() == whole.arrays.keys()
+    for name, array in verified.arrays.items():
+        assert array[:2] == whole.arrays[name][:2] and array.nbytes == len(whole.arrays[name].data) == int(name)
+        assert array.data == (whole.arrays[name].data if int(name) <= 2000 else None)
+    raw = path.read_bytes()
+    for at in range(len(raw) - 9500, len(raw), 333):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 16]) + raw[at + 1 :])
+        with pytest.raises(CacheFileError, match="do not match its checksum"):
+            files.read(path, data=False)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SMALL_BYTES", 2000)
+    path = tmp_path / "c"
+    files.write(path, {"x": files.Stored("uint8", (5000,), bytes(5000))}, {})
+    size, stat = path.stat().st_size, os.fstat
+    monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result([*stat(fd)[:6], size, *stat(fd)[7:10]]))
+    os.truncate(path, size - 1000)
+    for data in (True, False):
+        with pytest.raises(CacheFileError, match=f"truncated: {size - 1000} of {size} bytes"):
+            files.read(path, data=data)
+
+
 def refused(path: Path, raw: bytes) -> str:
     """Return the message with which the bytes are refused; they must be."""
     path.write_bytes(raw)

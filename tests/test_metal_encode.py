@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from kvmlx import layout
 from kvmlx import reference as ref
-from kvmlx.backends.formats import CODEBOOK, format_of
+from kvmlx.backends.formats import CODEBOOK, GROUPS, format_of
 from kvmlx.backends.mlx.metal import loader
-from kvmlx.backends.mlx.metal.encode import GROUPS, encode, supported, tile_of
+from kvmlx.backends.mlx.metal.encode import encode, supported, tile_of
 from kvmlx.backends.numpy import BACKEND as NUMPY
 from kvmlx.checks import Case, codec_of
 from kvmlx.stages.encode.codecs import Affine, Channel, CodeBook, Exact

@@ -225,6 +225,8 @@ def test_a_window_that_may_be_cropped_is_saved_as_the_model_sees_it(tmp_path: Pa
 
 
 def test_states_of_linear_attention_come_back(tmp_path: Path) -> None:
+    if not isinstance(LinearAttentionLayer().conv_states, dict):
+        pytest.skip(f"transformers {transformers.__version__} has one state in a layer")
     torch.manual_seed(0)
     layer, blank = LinearAttentionLayer(number_of_states=2), LinearAttentionLayer()
     layer.update_conv_state(torch.randn(1, 8, 4), 0)
@@ -244,6 +246,161 @@ def test_states_of_linear_attention_come_back(tmp_path: Path) -> None:
     assert other.conv_states == {0: None} and not other.has_previous_state[0]
     new = torch.randn(1, 8, 1)
     assert torch.equal(twin.update_conv_state(new, 0), layer.update_conv_state(new, 0))
+
+
+def test_states_that_may_be_cropped_are_saved_as_the_model_needs_them(tmp_path: Path) -> None:
+    if not isinstance(LinearAttentionLayer().conv_states, dict):
+        pytest.skip(f"transformers {transformers.__version__} takes no token back from a state")
+    torch.manual_seed(0)
+    cache: Any = DynamicCache()
+    for n in (9, 2):  # more columns than the convolution spans, and fewer
+        layer = LinearAttentionLayer()
+        layer.activate_past_recording()
+        layer.update_conv_state(torch.randn(1, 8, n), conv_kernel_size=4)
+        cache.layers.append(layer)
+    save_prompt_cache(tmp_path / "c", cache)
+    long, short = load_prompt_cache(tmp_path / "c").layers
+    assert long.conv_kernel_size[0] == short.conv_kernel_size[0] == 4
+    assert torch.equal(long.conv_states[0], cache.layers[0].conv_states[0][..., -4:])
+    assert torch.equal(short.conv_states[0][..., 2:], cache.layers[1].conv_states[0])
+    assert not short.conv_states[0][..., :2].any()
+
+
+def test_a_state_that_was_reset_comes_back_as_new(tmp_path: Path) -> None:
+    layer = LinearAttentionLayer()
+    layer.update_conv_state(torch.ones(1, 8, 4))
+    layer.update_recurrent_state(torch.ones(1, 2, 8, 8))
+    layer.reset()
+    cache: Any = DynamicCache()
+    cache.layers = [layer]
+    save_prompt_cache(tmp_path / "c", cache)
+    new = load_prompt_cache(tmp_path / "c").layers[0]
+    assert vars(new) == vars(LinearAttentionLayer())
+
+
+@pytest.fixture(scope="module", params=["falcon_h1", "zamba2"])
+def hybrid(request: Any) -> Any:
+    """Return a model with attention and a state in each layer, or with both in every second one."""
+    from scripts.compatibility_torch import SIDE
+
+    return SIDE.build(request.param)
+
+
+@torch.no_grad()
+def seen_by(model: Any, cache: Any, batch: int = 1) -> Any:
+    model(tokens(100, batch=batch), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def classes(path: Path) -> list[Any]:
+    entries = json.loads(files.read(path).header["caches"])
+    return [[part["class"] for part in e["caches"]] if e["class"] == "CacheList" else e["class"] for e in entries]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("strategy", ["full", STRATEGIES["snapkv-int4"], None], ids=["full", "snapkv-int4", "stock"])
+def test_rows_and_states_of_one_layer_come_back(hybrid: Any, strategy: str | None, batch: int, tmp_path: Path) -> None:
+    fresh = DynamicCache(config=hybrid.config) if strategy is None else make_prompt_cache(hybrid, strategy)
+    cache: Any = seen_by(hybrid, fresh, batch)
+    settle(cache)
+    path = tmp_path / "c"
+    save_prompt_cache(path, cache)
+    rows = "DynamicLayer" if strategy is None else "KVMLXCache"
+    assert ["LinearAttentionLayer", rows] in classes(path)
+    loaded, bare = load_prompt_cache(path, model=hybrid), load_prompt_cache(path)
+    assert [type(x) for x in loaded.layers] == [type(x) for x in cache.layers]
+    if strategy is not None:
+        same_layers(cache, loaded)
+        assert report(loaded) == report(cache)
+    expected = generate(hybrid, cache, batch, steps=8)
+    for other in (loaded, bare):
+        assert np.array_equal(generate(hybrid, other, batch, steps=8), expected)
+
+
+def test_a_sliding_layer_with_a_state_comes_back(tmp_path: Path) -> None:
+    from scripts.compatibility_torch import SIDE
+
+    if "inkling_text" not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no layer that slides beside a state")
+    model = SIDE.build("inkling_text")
+    cache = seen_by(model, make_prompt_cache(model, "full"))
+    save_prompt_cache(tmp_path / "c", cache)
+    assert classes(tmp_path / "c")[0] == ["LinearAttentionLayer", "DynamicSlidingWindowLayer"]
+    loaded = load_prompt_cache(tmp_path / "c", model=model)
+    assert [type(x) for x in loaded.layers] == [type(x) for x in cache.layers]
+    assert np.array_equal(generate(model, loaded), generate(model, cache))
+
+
+def test_an_empty_layer_with_a_state_comes_back(hybrid: Any, tmp_path: Path) -> None:
+    save_prompt_cache(tmp_path / "c", make_prompt_cache(hybrid, "int4"))
+    loaded = load_prompt_cache(tmp_path / "c", model=hybrid)
+    assert np.array_equal(
+        generate(hybrid, loaded, steps=8), generate(hybrid, make_prompt_cache(hybrid, "int4"), steps=8)
+    )
+
+
+def test_a_loaded_layer_with_a_state_takes_batches_and_resets(hybrid: Any, tmp_path: Path) -> None:
+    cache = seen_by(hybrid, make_prompt_cache(hybrid, "int8"), 2)
+    save_prompt_cache(tmp_path / "c", cache)
+    loaded = load_prompt_cache(tmp_path / "c", model=hybrid)
+    for each in (cache, loaded):
+        each.reorder_cache(torch.tensor([1, 0, 1]))
+    assert np.array_equal(generate(hybrid, loaded, 3, steps=8), generate(hybrid, cache, 3, steps=8))
+    for each in (cache, loaded):
+        each.reset()
+    assert np.array_equal(generate(hybrid, loaded, 3, steps=8), generate(hybrid, cache, 3, steps=8))
+
+
+def test_rows_and_states_that_do_not_belong_together_are_refused(hybrid: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    save_prompt_cache(path, seen_by(hybrid, make_prompt_cache(hybrid, STRATEGIES["snapkv-int4"])))
+    contents = files.read(path)
+    at = next(i for i, kinds in enumerate(classes(path)) if isinstance(kinds, list))
+    entries = json.loads(contents.header["caches"])
+    states, rows = entries[at]["caches"]
+
+    def refused(message: str, *parts: Any, arrays: Any = contents.arrays) -> None:
+        changed = json.dumps([*entries[:at], {"class": "CacheList", "caches": parts}, *entries[at + 1 :]])
+        files.write(path, arrays, damage.header_of(contents) | {"caches": changed})
+        with pytest.raises(CacheFileError, match=message):
+            load_prompt_cache(path)
+
+    refused(r"several caches \(LinearAttentionLayer\): transformers' have", states)
+    refused("it has states of .* sequences beside rows of 1", states, rows, arrays=_with_two(contents, at))
+    refused("it has 0 and 1 states", states | {"state": [[], states["state"][1]]}, rows)
+    refused("do not fit together", states | {"state": 5}, rows)
+    name = f"{at}.0.0.0"
+    refused("do not fit together", states, rows, arrays={k: x for k, x in contents.arrays.items() if k != name})
+    extra = contents.arrays | {f"{at}.1.more": contents.arrays[name]}
+    refused("does not own the array 'more'", states, rows, arrays=extra)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheFileError, match="checksum"):
+        load_prompt_cache(path)
+
+
+def _with_two(contents: files.Contents, at: int) -> dict[str, files.Stored]:
+    """Return the arrays with another sequence in the first state of a layer."""
+    name = f"{at}.0.0.0"
+    one = contents.arrays[name]
+    two = files.Stored(one.dtype, (2, *one.shape[1:]), 2 * bytes(one.data))
+    return contents.arrays | {name: two}
+
+
+def test_another_model_than_that_of_rows_and_states_is_refused(hybrid: Any, model: Any, tmp_path: Path) -> None:
+    save_prompt_cache(tmp_path / "c", seen_by(hybrid, make_prompt_cache(hybrid, "int8")))
+    with pytest.raises(CacheFileError, match="another model"):
+        load_prompt_cache(tmp_path / "c", model=model)
+
+
+def test_rows_and_states_pass_to_no_other_library(hybrid: Any, tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    from kvmlx.backends.mlx import files as mlx_files
+
+    save_prompt_cache(tmp_path / "c", seen_by(hybrid, make_prompt_cache(hybrid, "int8")))
+    with pytest.raises(CacheFileError, match=r"kvmlx's torch backend, cannot be loaded: .*'LinearAttentionLayer'"):
+        mlx_files.load_prompt_cache(tmp_path / "c")
 
 
 def test_a_cache_of_transformers_own_comes_back(model: Any, tmp_path: Path) -> None:

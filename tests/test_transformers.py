@@ -31,6 +31,7 @@ from kvmlx.backends.torch.models import describe  # noqa: E402
 from kvmlx.session import LayerCache  # noqa: E402
 from kvmlx.tolerance import assert_close, assert_same  # noqa: E402
 from kvmlx.types import ModelInfo  # noqa: E402
+from tests.bits import assert_same_bits  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 
@@ -121,6 +122,28 @@ def test_what_changes_nothing_says_the_same(model: Any, strategy: str) -> None:
     plain = say(model, prompt_of(100), None)
     assert_tokens(say(model, prompt_of(100), strategy), plain)
     assert_tokens(say(model, prompt_of(100), strategy, prefill_chunk_size=33), plain)
+
+
+@each({name: s for name, s in STRATEGIES.items() if name != "full"})
+def test_steps_with_nothing_due_are_not_settled_and_say_the_same(
+    model: Any, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two turns, each decoded for longer than rows gather before they are encoded."""
+    first, second = (torch.cat([prompt_of(n, n), prompt_of(70, n + 1)]) for n in (60, 20))
+    said, decodes = {}, LayerCache._decodes
+    for short in (True, False):
+        early: list[bool] = []
+        monkeypatch.setattr(
+            LayerCache, "_decodes", lambda x, on=short, noted=early: (noted.append(on and decodes(x)), noted[-1])[1]
+        )
+        cache: Any = kvmlx.make_prompt_cache(model, strategy)
+        logits = [logits_of(model, first, cache, [60]), logits_of(model, second, cache, [20])]
+        arrays = {f"{i}.{name}": x for i, layer in enumerate(layers_of(cache)) for name, x in layer.arrays().items()}
+        said[short] = np.concatenate(logits), arrays
+        most = 0.9 * len(early) if short and "every" not in strategy else 0
+        assert sum(early) >= most and any(early) == (most > 0)
+    assert_same(said[True][0], said[False][0], name="logits")
+    assert_same_bits(said[True][1], said[False][1])
 
 
 @pytest.mark.parametrize(
@@ -713,7 +736,7 @@ def test_kernels_are_chosen_by_device_and_variable(monkeypatch: pytest.MonkeyPat
     assert choose.backend("cpu") is choose.backend(torch.device("cpu"))
     monkeypatch.setenv("KVMLX_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(KVMLXError, match="triton asks for Triton kernels, but Triton has no kernels for cpu"):
+    with pytest.raises(KVMLXError, match="Triton kernels, but the device is cpu, not a CUDA or ROCm GPU"):
         choose.backend("cpu")
     for asked, message in (("metal", "torch's are Triton's"), ("cuda", "'cuda' is none of auto, triton, plain")):
         monkeypatch.setenv("KVMLX_KERNELS", asked)

@@ -27,9 +27,9 @@ from tests.test_vectors import over
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from kvmlx.backends.formats import GROUPS  # noqa: E402
 from kvmlx.backends.torch.ops import on  # noqa: E402
 from kvmlx.backends.torch.triton.encode import (  # noqa: E402
-    GROUPS,
     MOST_WARPS,
     NUMBERS,
     config_of,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,7 @@ from mlx_lm.models import cache as stock
 
 from kvmlx.backends.mlx import choose
 from kvmlx.backends.mlx.models import describe, refusal
+from kvmlx.backends.rows import RefusingRows
 from kvmlx.session import LayerCache, Report, Session
 from kvmlx.session import report as session_report
 from kvmlx.stages.base import Stage
@@ -24,7 +25,7 @@ from kvmlx.types import UnsupportedModelError
 _STOCK_ATTENTION = base.scaled_dot_product_attention
 
 
-class CompressedRows:
+class CompressedRows(RefusingRows):
     """Stands for keys or values that only kvmlx can read; mlx-lm hands it on to attention untouched.
 
     Anything else done with it is an error, so that a model that computes with its cache cannot go wrong silently.
@@ -34,6 +35,10 @@ class CompressedRows:
 
     def __init__(self, cache: KVMLXCache) -> None:
         self.cache = cache
+
+    @property
+    def session(self) -> Session:
+        return self.cache.layer.session
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -51,26 +56,6 @@ class CompressedRows:
     def astype(self, dtype: mx.Dtype) -> CompressedRows:
         """Return the same rows: attention reads them in the precision of the queries."""
         return self
-
-    def _refuse(self, what: str) -> NoReturn:
-        session = self.cache.layer.session
-        raise UnsupportedModelError(
-            f"{session.model.model_type} computes with its cached keys or values itself ({what}), so a cache "
-            f"compressed by {str(session.strategy)!r} cannot serve it; 'full' works"
-        )
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        self._refuse(f".{name}")
-
-    def __getitem__(self, item: Any) -> NoReturn:
-        self._refuse("[...]")
-
-    def __matmul__(self, other: Any) -> NoReturn:
-        self._refuse("@")
-
-    __rmatmul__ = __add__ = __radd__ = __mul__ = __rmul__ = __truediv__ = __matmul__
 
 
 class _Forward(threading.local):

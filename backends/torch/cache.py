@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvmlx.backends.rows import RefusingRows
 from kvmlx.backends.torch import choose
-from kvmlx.session import LayerCache
+from kvmlx.session import LayerCache, Session
 from kvmlx.types import UnsupportedModelError
 
 PREFIX = "kvmlx_"
@@ -28,18 +29,26 @@ def eager(function: F) -> F:
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
-class CompressedRows:
+class CompressedRows(RefusingRows):
     """Stands for keys or values that only kvmlx can read; a model hands it on to its attention function untouched.
 
     Anything else done with it is an error, so that a model that computes with its cache cannot go wrong silently.
     """
 
     __slots__ = ("held", "layer")
+    hint = (
+        ". If its attention was changed after the cache was made, set it back: "
+        f"model.set_attn_implementation('{PREFIX}sdpa')"
+    )
 
     def __init__(self, layer: KVMLXLayer, held: Tensor) -> None:
         self.layer = layer
         self.held = held
         """The exact rows of the side: only their dtype, device and channels are told."""
+
+    @property
+    def session(self) -> Session:
+        return self.layer.layer.session
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,31 +70,10 @@ class CompressedRows:
 
     contiguous = to
 
-    def _refuse(self, what: str) -> NoReturn:
-        session = self.layer.layer.session
-        raise UnsupportedModelError(
-            f"{session.model.model_type} computes with its cached keys or values itself ({what}), so a cache "
-            f"compressed by {str(session.strategy)!r} cannot serve it; 'full' works. If its attention was changed "
-            f"after the cache was made, set it back: model.set_attn_implementation('{PREFIX}sdpa')"
-        )
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
         rows = next(x for x in flat((args, kwargs)) if isinstance(x, CompressedRows))
         rows._refuse(getattr(func, "__name__", str(func)))
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__") and name.endswith("__"):
-            raise AttributeError(name)
-        self._refuse(f".{name}")
-
-    def __getitem__(self, item: Any) -> NoReturn:
-        self._refuse("[...]")
-
-    def __matmul__(self, other: Any) -> NoReturn:
-        self._refuse("an operator")
-
-    __rmatmul__ = __add__ = __radd__ = __mul__ = __rmul__ = __truediv__ = __matmul__
 
 
 def flat(x: Any) -> Iterator[Any]:

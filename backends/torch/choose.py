@@ -24,7 +24,7 @@ def why_no_triton(device: torch.device) -> str | None:
         return "triton is not installed: pip install triton"
     if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
-    return f"Triton has no kernels for {device.type}, only for a CUDA or ROCm GPU"
+    return f"the device is {device.type}, not a CUDA or ROCm GPU"
 
 
 def backend(device: torch.device | str | None = None) -> TorchBackend | TritonBackend:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
@@ -16,12 +17,16 @@ from kvmlx import files
 from kvmlx.backends import files as common
 from kvmlx.backends.torch import choose
 from kvmlx.backends.torch.adapter import KVMLXCache, KVMLXLayer, make_prompt_cache
+from kvmlx.backends.torch.hybrid import HYBRIDS, joined, parted
 from kvmlx.session import LayerCache
 from kvmlx.types import CacheFileError
 
 _EMPTY: Any = getattr(cache_utils, "DummyLayer", ())
 """Layers without a cache of their own: files do not have them, as mlx-lm's lists of caches do not (since 5.2x)."""
 _SAVED = (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer)
+_LIBRARY = cache_utils.__name__
+_MANAGED = {DynamicLayer: KVMLXLayer, HYBRIDS[DynamicLayer]: HYBRIDS[KVMLXLayer]}
+"""What kvmlx makes in the place of the library's own."""
 
 
 class _Transformers:
@@ -77,10 +82,22 @@ class _Transformers:
         return out
 
     def parts_of(self, cache: Any) -> Sequence[Any] | None:
-        return None
+        return parted(cache)
 
     def several(self, parts: Sequence[Any]) -> Any:
-        raise CacheFileError("it has layers with several caches, as no layer of transformers has them")
+        kinds = [type(part) for part in parts]
+        if len(kinds) != 2 or kinds[0] is not LinearAttentionLayer or kinds[1] not in HYBRIDS:
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise CacheFileError(
+                f"it has a layer with several caches ({names}): transformers' have a LinearAttentionLayer and one of "
+                + ", ".join(kind.__name__ for kind in HYBRIDS)
+            )
+        states, rows = parts
+        batches = {x.shape[0] for side in _states_of(states) for x in side if x is not None}
+        held = rows.layer.batch if kinds[1] is KVMLXLayer else 0 if rows.keys is None else rows.keys.shape[0]
+        if len(batches | {held} - {0}) > 1:
+            raise CacheFileError(f"it has states of {sorted(batches)} sequences beside rows of {held} in one layer")
+        return joined(states, rows)
 
     def state_of(self, cache: Any) -> Any:
         if type(cache) is DynamicLayer:
@@ -90,8 +107,8 @@ class _Transformers:
             rows = [None if x is None else x[:, :, newest] for x in (cache.keys, cache.values)]
             return [*rows, cache.cumulative_length, cache.sliding_window]
         if type(cache) is LinearAttentionLayer:
-            return [list(cache.conv_states.values()), list(cache.recurrent_states.values())]
-        known = ", ".join(cls.__name__ for cls in _SAVED)
+            return _states_of(cache)
+        known = ", ".join(cls.__name__ for cls in (*_SAVED, *HYBRIDS.values()) if cls.__module__ == _LIBRARY)
         raise CacheFileError(
             f"{type(cache).__name__} is neither a layer of kvmlx nor one of transformers' that can be saved: {known}"
         )
@@ -150,15 +167,34 @@ def _sliding(keys: Tensor | None, values: Tensor | None, seen: int, window: int)
     return layer
 
 
+def _states_of(layer: LinearAttentionLayer) -> list[list[Tensor | None]]:
+    """Return the states of convolutions and of recurrences; a layer of an older version has one of each."""
+
+    def numbered(x: Any) -> dict[int, Any]:
+        return x if isinstance(x, dict) else {0: x}
+
+    convolutions, begun = dict(numbered(layer.conv_states)), numbered(layer.has_previous_state)
+    recurrences = dict(numbered(layer.recurrent_states))
+    for i, x in convolutions.items():
+        if x is None:
+            continue
+        if not begun[i]:  # reset: zeros that no token has reached
+            convolutions[i] = recurrences[i] = None
+        elif getattr(layer, "record_past", False):  # longer or shorter than it needs while tokens may be taken back
+            convolutions[i] = functional.pad(x, (layer.conv_kernel_size[i] - x.shape[-1], 0))
+    return [list(convolutions.values()), list(recurrences.values())]
+
+
 def _linear(convolutions: list[Tensor | None], recurrences: list[Tensor | None]) -> Any:
     if not 0 < len(convolutions) == len(recurrences):
         raise CacheFileError(f"it has {len(convolutions)} and {len(recurrences)} states in a layer of linear attention")
-    layer = LinearAttentionLayer(number_of_states=len(convolutions))
+    one = len(convolutions) == 1  # older versions know no number of states
+    layer = LinearAttentionLayer() if one else LinearAttentionLayer(number_of_states=len(convolutions))
     for i, (convolution, recurrence) in enumerate(zip(convolutions, recurrences, strict=True)):
         if convolution is not None:
-            layer.update_conv_state(convolution, i)
+            layer.update_conv_state(convolution, state_idx=i)
         if recurrence is not None:
-            layer.update_recurrent_state(recurrence, i)
+            layer.update_recurrent_state(recurrence, state_idx=i)
     return layer
 
 
@@ -248,7 +284,7 @@ def _entries(layers: Sequence[Any]) -> list[Any]:
 
 
 def _device_of(layer: Any, model: Any) -> torch.device:
-    return layer.layer.backend.device if type(layer) is KVMLXLayer else model.device
+    return layer.layer.backend.device if isinstance(layer, KVMLXLayer) else model.device
 
 
 def _placed(name: str, loaded: Sequence[Any], expected: Cache) -> list[Any]:
@@ -258,19 +294,20 @@ def _placed(name: str, loaded: Sequence[Any], expected: Cache) -> list[Any]:
         layer: Any = fresh if isinstance(fresh, _EMPTY) else left.pop(0)
         theirs, ours = ((type(x).__name__, getattr(x, "sliding_window", None)) for x in (layer, fresh))
         # A full cache of the library's own may stand where kvmlx would manage one.
-        if theirs != ours and not (type(layer) is DynamicLayer and type(fresh) is KVMLXLayer):
+        full = _MANAGED.get(type(layer)) is type(fresh)
+        if theirs != ours and not full:
             was, has = (kind + (f" of {window} tokens" if window else "") for kind, window in (theirs, ours))
             raise CacheFileError(
                 f"{name} was made with another model: it has a {was} where the model given has a {has}"
             )
-        if type(layer) is KVMLXLayer and type(fresh) is KVMLXLayer:
+        if isinstance(layer, KVMLXLayer) and isinstance(fresh, KVMLXLayer):
             layer.early = fresh.early
         layers.append(layer)
     return layers
 
 
 def _cache(name: str, layers: list[Any]) -> Cache:
-    managed = [layer for layer in layers if type(layer) is KVMLXLayer]
+    managed = [layer for layer in layers if isinstance(layer, KVMLXLayer)]
     if len({(layer.columns, layer.padded_until) for layer in managed}) > 1:
         raise CacheFileError(f"{name} cannot be loaded: its layers have seen different numbers of columns")
     if managed:

@@ -250,5 +250,166 @@ def info(
     show_info(file, as_json=as_json)
 
 
+bench = typer.Typer(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    epilog="A list is made by giving a flag repeatedly. By default the demo model runs, for half an hour on two cores.",
+)
+app.add_typer(bench, name="bench")
+
+
+class Format(StrEnum):
+    json = "json"
+    csv = "csv"
+    md = "md"
+
+
+class Mode(StrEnum):
+    agnostic = "agnostic"
+    aware = "aware"
+
+
+class Measure(StrEnum):
+    scores = "scores"
+    fidelity = "fidelity"
+    costs = "costs"
+
+
+File = Annotated[str, typer.Argument(metavar="RESULTS", help="A file that `kvmlx bench` wrote.")]
+
+
+@bench.callback(invoke_without_command=True)
+def run_bench(
+    ctx: typer.Context,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="A TOML file; flags go before it.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="Results, appended to; a second run goes on.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few methods and tasks, in a few minutes.")] = False,
+    model: Annotated[str | None, typer.Option(metavar="PATH|REPO|demo", help="The model; else the demo model.")] = None,
+    backend: On = None,
+    dtype: Dtype = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kv",
+            metavar="STRATEGY",
+            help="A strategy; with its budget left out, one is found for each --match-bytes.",
+        ),
+    ] = None,
+    match_bytes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="4x", help="Compressions at which strategies are compared, in bytes held."),
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(metavar="N|F", help="Also run every family with this budget as it is.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(metavar="NAME", help="See `kvmlx bench tasks`.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="FILE", help="Your own text, with --questions.")] = None,
+    questions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="JSONL: a question and its answers a line.")
+    ] = None,
+    length: Annotated[list[int] | None, typer.Option(metavar="N", help="Tokens of a prompt.")] = None,
+    mode: Annotated[
+        list[Mode] | None, typer.Option(help="Compress before the question is known, or with the question at the end.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", help="Contexts of each task and length.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Batch sizes at which costs are measured.")
+    ] = None,
+    measure: Annotated[list[Measure] | None, typer.Option(help="Only this.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of the samples.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Run all methods on tasks on which the full cache fails, too.")
+    ] = False,
+    kvpress: Annotated[
+        str | None, typer.Option(metavar="PYTHON", help="The interpreter of an environment with kvpress.")
+    ] = None,
+    press: Annotated[
+        list[str] | None, typer.Option(metavar="PRESS", help="A press of kvpress, such as `kvpress: snapkv`.")
+    ] = None,
+) -> None:
+    """Compare strategies at equal bytes on one model: quality, memory and speed, from one run.
+
+    Every method sees the same contexts. The full cache and the baselines random, streaming, int8 and int4 always take
+    part. Results are appended to a file as they come; the same command goes on after an interruption.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from kvmlx.cli import bench as command
+
+    lists = {
+        "strategies": kv,
+        "match_bytes": match_bytes and [command.compression(x) for x in match_bytes],
+        "budgets": budget and [command.budget_of(x) for x in budget],
+        "tasks": task,
+        "lengths": length,
+        "modes": mode and [m.value for m in mode],
+        "batches": batch,
+        "measures": measure and [m.value for m in measure],
+        "presses": press,
+    }
+    single = {
+        "model": model,
+        "backend": backend.value if backend else None,
+        "dtype": _name(dtype),
+        "text": text,
+        "questions": questions,
+        "samples": samples,
+        "seed": seed,
+        "everything": everything or None,
+        "kvpress": kvpress,
+    }
+    flags = {k: v for k, v in (lists | single).items() if v is not None and v != []}
+    command.run_bench(config, flags, quick=quick, out=out)
+
+
+@bench.command("report")
+def bench_report(
+    file: File,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="The page; else beside the results.")] = None,
+    plots: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Also write the plots as PNG and SVG there.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: table, plots, machine, versions, and how to reproduce it."""
+    from kvmlx.cli.bench import make_report
+
+    make_report(file, out, plots)
+
+
+@bench.command("show")
+def bench_show(
+    file: File,
+    kind: Annotated[Format | None, typer.Option("--format", help="For programs; else a table for people.")] = None,
+) -> None:
+    """Print results."""
+    from kvmlx.cli.bench import show
+
+    show(file, kind.value if kind else None)
+
+
+@bench.command("compare")
+def bench_compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A results file.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    kind: Annotated[Format | None, typer.Option("--format", help="For programs; else a table for people.")] = None,
+) -> None:
+    """Say what changed from A to B: paired where both asked the same questions."""
+    from kvmlx.cli.bench import show_comparison
+
+    show_comparison(a, b, kind.value if kind else None)
+
+
+@bench.command("tasks")
+def bench_tasks(
+    name: Annotated[str | None, typer.Argument(help="Show a sample of one task.")] = None,
+    length: Annotated[int, typer.Option(min=128, help="Tokens of the sample.")] = 512,
+) -> None:
+    """List the tasks, or show what one looks like."""
+    from kvmlx.cli.bench import show_tasks
+
+    show_tasks(name, length)
+
+
 def _name(dtype: DType | None) -> str | None:
     return dtype.value if dtype else None

@@ -108,7 +108,7 @@ class _Reader:
         raise TypeError("what is described has no data to be written")
 
     def from_stored(self, stored: files.Stored, name: str) -> _Described:
-        return _Described(stored.dtype, stored.shape, len(stored.data))
+        return _Described(stored.dtype, stored.shape, stored.nbytes)
 
     def layer_of(self, cache: Any) -> LayerCache | None:
         return cache if isinstance(cache, LayerCache) else None
@@ -139,7 +139,7 @@ def examine(path: str) -> dict[str, Any]:
     """Return what the file holds, as plain data; the checksum and all shapes are verified."""
     from kvmlx.backends import files as common
 
-    loaded = common.load(_Reader(), path)
+    loaded = common.load(_Reader(), path, data=False)
     header = loaded.header if loaded.is_kvmlx else {}
     parts = [(i, part) for i, cache in enumerate(loaded.caches) for part in _parts(cache)]
     layers = [(i, part) for i, part in parts if isinstance(part, LayerCache)]

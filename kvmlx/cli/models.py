@@ -36,6 +36,13 @@ def config_of(name: str) -> dict[str, Any]:
     return read_config(resolve_model(name))
 
 
+def tokenizer_of(name: str) -> Any:
+    """Return a model's tokenizer alone; mlx-lm and the torch backend both bring the package that reads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve_model(name))
+
+
 def load_error(name: str, error: Exception) -> UsageError | None:
     """Return one line for what mlx-lm's ``load`` raised, None for what looks like a bug."""
     module = type(error).__module__.partition(".")[0]

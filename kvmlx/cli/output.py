@@ -21,6 +21,7 @@ EXTRAS = {
     "torch": "torch",
     "triton": "torch",
     "gguf": "demo",
+    "matplotlib": "bench",
 }
 """Which extra of kvmlx brings a package."""
 

@@ -9,13 +9,12 @@ import mlx.core as mx
 import numpy as np
 
 from kvmlx import layout
-from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, EXACT, Format, format_of
+from kvmlx.backends.formats import CHANNEL, CODEBOOK, EXACT, Format, format_of, not_encoded
 from kvmlx.backends.mlx.metal.loader import SMALL, MetalKernel, integers, nothing
-from kvmlx.stages.encode.codecs import Affine, Channel, CodeBook, Exact
+from kvmlx.stages.encode.codecs import CodeBook, Exact
 from kvmlx.types import Codec
 
 INPUTS = {mx.float16: "float16", mx.bfloat16: "bfloat16", mx.float32: "float32"}
-GROUPS = (8, 16, 32, 64, 128, 256)
 SIMDGROUPS = 8
 """Of a threadgroup that encodes rows one by one."""
 MOST_SIMDGROUPS = 8
@@ -48,29 +47,8 @@ _CONVERT = """
 
 def supported(codec: Codec, dim: int) -> str | None:
     """Return why there is no kernel for rows of ``dim`` channels, or None where there is one."""
-    if isinstance(codec, Exact):
-        return None
-    if not isinstance(codec, (Affine, Channel, CodeBook)):
-        return (
-            f"encode: no kernel for {type(codec).__name__}; there are kernels for Affine, Channel, CodeBook and Exact"
-        )
-    if dim % 8 or not 8 <= dim <= 512 or (dim > 256 and dim % 16):
-        return (
-            f"encode: no kernel for a head dim of {dim}; "
-            "multiples of 8 up to 256 and multiples of 16 up to 512 have one"
-        )
-    most = 6 if isinstance(codec, CodeBook) else 8
-    if codec.bits not in layout.CODE_BITS or codec.bits > most:
-        allowed = ", ".join(str(bits) for bits in layout.CODE_BITS if bits <= most)
-        return f"encode: no kernel for {codec.bits} bits; {allowed} have one"
-    fmt = format_of(codec, dim)
-    if fmt.kind == AFFINE and (fmt.group not in GROUPS or dim % fmt.group):
-        fits = ", ".join(str(g) for g in GROUPS if dim % g == 0)
-        return f"encode: no kernel for group_size={fmt.group} at a head dim of {dim}; {fits} have one"
-    if fmt.kind != AFFINE and fmt.group and fmt.group not in GROUPS:
-        name = "center" if fmt.kind == CODEBOOK else "group_size"
-        return f"encode: no kernel for {name}={fmt.group}; {', '.join(map(str, GROUPS))} have one"
-    return None
+    fits = dim % 8 == 0 and 8 <= dim <= 512 and (dim <= 256 or dim % 16 == 0)
+    return not_encoded(codec, dim, fits, "multiples of 8 up to 256 and multiples of 16 up to 512 have one")
 
 
 def encode(codec: Codec, x: mx.array) -> dict[str, mx.array]:

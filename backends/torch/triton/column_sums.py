@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import product
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from kvmlx.backends.formats import MAX_DIM
 from kvmlx.backends.torch.triton.codecs import INTERPRETED, bound
 from kvmlx.backends.torch.triton.launch import TritonKernel, integers
+from kvmlx.backends.torch.triton.launch import processors as _processors
 
 LOG2_E = 1.4426950408889634
 ALIGNED = 8
@@ -459,11 +459,3 @@ def _counted(n_queries: Any, device: torch.device) -> Tensor | None:
     if isinstance(n_queries, Tensor):
         return n_queries.to(device, torch.int32)
     return integers(np.asarray(n_queries), device)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """Return how many programs a GPU runs side by side; interpreted, as many as an H100."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -20,13 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kvmlx import layout
-from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, MAX_DIM, Format, format_of
+from kvmlx.backends.formats import AFFINE, CHANNEL, CODEBOOK, MAX_DIM, Format, format_of, not_encoded
 from kvmlx.backends.torch.triton.launch import TritonKernel, constant
-from kvmlx.stages.encode.codecs import Affine, Channel, CodeBook, Exact
+from kvmlx.stages.encode.codecs import CodeBook, Exact
 from kvmlx.types import Codec
 
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-GROUPS = (8, 16, 32, 64, 128, 256)
 ALIGNED = 8
 """Elements of which the distances between rows are multiples: a thread can then load 16 bytes at once."""
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -350,26 +349,8 @@ class Config:
 
 def supported(codec: Codec, dim: int) -> str | None:
     """Return why there is no kernel for rows of ``dim`` channels, or None where there is one."""
-    if isinstance(codec, Exact):
-        return None
-    if not isinstance(codec, (Affine, Channel, CodeBook)):
-        return (
-            f"encode: no kernel for {type(codec).__name__}; there are kernels for Affine, Channel, CodeBook and Exact"
-        )
-    if dim % 8 or not 8 <= dim <= MAX_DIM:
-        return f"encode: no kernel for a head dim of {dim}; multiples of 8 up to {MAX_DIM} have one"
-    most = 6 if isinstance(codec, CodeBook) else 8
-    if codec.bits not in layout.CODE_BITS or codec.bits > most:
-        allowed = ", ".join(str(bits) for bits in layout.CODE_BITS if bits <= most)
-        return f"encode: no kernel for {codec.bits} bits; {allowed} have one"
-    fmt = format_of(codec, dim)
-    if fmt.kind == AFFINE and (fmt.group not in GROUPS or dim % fmt.group):
-        fits = ", ".join(str(g) for g in GROUPS if dim % g == 0)
-        return f"encode: no kernel for group_size={fmt.group} at a head dim of {dim}; {fits} have one"
-    if fmt.kind != AFFINE and fmt.group and fmt.group not in GROUPS:
-        name = "center" if fmt.kind == CODEBOOK else "group_size"
-        return f"encode: no kernel for {name}={fmt.group}; {', '.join(map(str, GROUPS))} have one"
-    return None
+    fits = dim % 8 == 0 and 8 <= dim <= MAX_DIM
+    return not_encoded(codec, dim, fits, f"multiples of 8 up to {MAX_DIM} have one")
 
 
 def encode(codec: Codec, x: Tensor, *, config: Config | None = None) -> dict[str, Tensor]:

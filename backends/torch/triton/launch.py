@@ -92,6 +92,12 @@ def _real_chip(device: torch.device) -> Chip:
     return Chip(capability=10 * major + minor)
 
 
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Return the multiprocessors of a device; on a CPU those of an H100, so that work is divided as there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 class TritonKernel:
     """A `triton.jit` function, launched by name of argument; ``fp_fusion`` as in `Launch`."""
 

@@ -36,6 +36,7 @@ from torch import Tensor
 from kvmlx.backends.formats import FLOAT32, Format
 from kvmlx.backends.torch.triton.codecs import bound, product
 from kvmlx.backends.torch.triton.launch import TritonKernel, chip_of, constant
+from kvmlx.backends.torch.triton.launch import processors as _processors
 from kvmlx.backends.torch.triton.operands import NUMBERS, SIDES, UNALIGNED, Operands, counts, lane_of, operands
 from kvmlx.backends.torch.triton.tiles import table_of, tile
 from kvmlx.store import LayerStore
@@ -542,12 +543,6 @@ def configurations(x: Operands) -> Iterator[Config]:
                 config = Config(block_m, block_n, warps, stages, 32 if wide else 64, tail_stages, programs)
                 if config != default:
                     yield config
-
-
-@lru_cache
-def _processors(device: torch.device) -> int:
-    """Return how many multiprocessors a device has; interpreted, as many as an H100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def padded(dim: int) -> int:

@@ -1,0 +1,291 @@
+"""Run a benchmark: every method over the same contexts, each result written down as soon as it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvmlx.bench import matching
+from kvmlx.bench.config import ALWAYS, Config
+from kvmlx.bench.contexts import Contexts
+from kvmlx.bench.kvpress import Kvpress, Press
+from kvmlx.bench.records import FULL, Costs, Fidelity, ResultsFile, Score, Skip, Subject, key
+from kvmlx.bench.summary import INFORMATIVE
+from kvmlx.bench.tasks import Task, score, tasks_of
+from kvmlx.bench.types import Engine, Question, State
+from kvmlx.types import KVMLXError
+
+PROSE = Path(__file__).parent / "data" / "prose.txt"
+FULL_SUBJECT = Subject(FULL, FULL, None, 1.0)
+
+Step = Callable[[str, int, int], None]
+"""Told of each piece of work before it begins: a description, how many are done, of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is compared with the full cache: a family at a target, or a method as it is written."""
+
+    family: str
+    target: float | None
+
+
+def entries(config: Config) -> list[Entry]:
+    """Return all that take part, baselines included, in order, each once."""
+    out: dict[Entry, None] = {}
+    for text in (*ALWAYS, *config.strategies, *config.presses):
+        if _is_family(text):
+            for budget in config.budgets:
+                fixed = str(Press.parse(text).at(budget)) if Kvpress.owns(text) else matching.with_budget(text, budget)
+                out[Entry(fixed, None)] = None
+            for target in config.match_bytes:
+                out[Entry(text, target)] = None
+        elif text != FULL:
+            out[Entry(text, None)] = None
+    return list(out)
+
+
+def _is_family(text: str) -> bool:
+    """Whether a method's budget is left open."""
+    if Kvpress.owns(text):
+        return Press.parse(text).budget is None
+    return matching.has_budget(text) and matching.family_of(text) == text
+
+
+class Runner:
+    """One model under one config.
+
+    Args:
+        config: what to run.
+        engine: the loaded model.
+        model_config: the model's config.json.
+        file: where results go; what is in it already is not run again.
+        presses: kvpress in its own process, if the config has it.
+        on_step: see `Step`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        model_config: Mapping[str, Any],
+        file: ResultsFile,
+        presses: Kvpress | None = None,
+        on_step: Step = lambda what, done, total: None,
+    ) -> None:
+        self.config, self.engine, self.model_config = config, engine, model_config
+        self.file, self.presses, self.on_step = file, presses, on_step
+        self.tasks = tasks_of(config.tasks, text=config.text, questions=config.questions)
+        self.subjects: list[Subject] = []
+        self.done = 0
+        n = 1 + len(entries(config))
+        samples = sum(self._samples(task) for task in self.tasks)
+        scores = len(config.modes) * samples * ("scores" in config.measures)
+        texts = config.fidelity_texts * ("fidelity" in config.measures)
+        costs = len(config.batches) * ("costs" in config.measures)
+        self.total = n * len(config.lengths) * (scores + texts + costs)
+
+    def run(self) -> None:
+        """Do all that is not in the file yet."""
+        config = self.config
+        for length in config.lengths:
+            self.subjects = self._take_part(length)
+            out = len(entries(config)) - len(self.subjects)
+            if "scores" in config.measures:
+                for mode in config.modes:
+                    for task in self.tasks:
+                        self.done += out * self._samples(task)
+                        self._scores(task, length, mode)
+            if "fidelity" in config.measures:
+                for text in range(config.fidelity_texts):
+                    self.done += out
+                    self._fidelity(length, text)
+            if "costs" in config.measures:
+                for batch in config.batches:
+                    self.done += out
+                    self._costs(length, batch)
+        self.on_step("done", self.total, self.total)
+
+    # -- who takes part -------------------------------------------------------------------------------------------
+
+    def _take_part(self, length: int) -> list[Subject]:
+        """Return the methods at this length, budgets tuned; why others cannot take part is written down."""
+        out = []
+        for entry in entries(self.config):
+            try:
+                out.append(self._subject(entry, length))
+            except KVMLXError as error:
+                nobody = Subject(entry.family, entry.family, entry.target, 1.0)
+                self._skip(Skip(nobody, "all", length, str(error)))
+        return out
+
+    def _subject(self, entry: Entry, length: int) -> Subject:
+        if Kvpress.owns(entry.family):
+            if self.presses is None:
+                raise KVMLXError(
+                    f"{entry.family} needs --kvpress PYTHON, the interpreter of an environment with kvpress"
+                )
+            return self.presses.subject(entry.family, entry.target, length)
+        if entry.target is None:
+            self.engine.check(entry.family)
+            ratio = matching.ratio_of(entry.family, length, self.model_config)
+            return Subject(entry.family, entry.family, None, ratio)
+        text, ratio = matching.match(entry.family, entry.target, length, self.model_config)
+        self.engine.check(text)
+        return Subject(text, entry.family, entry.target, ratio)
+
+    def _skip(self, record: Skip) -> None:
+        if self._missing(Skip, record.subject, *record.place):
+            self.file.add(record)
+
+    def _missing(self, kind: type[Any], subject: Subject, *place: Any) -> bool:
+        return key(kind, subject, *place) not in self.file.done
+
+    def _step(self, what: str) -> None:
+        self.on_step(what, self.done, self.total)
+        self.done += 1
+
+    def _samples(self, task: Task) -> int:
+        return min(self.config.samples, task.count or self.config.samples)
+
+    # -- scores ---------------------------------------------------------------------------------------------------
+
+    def _scores(self, task: Task, length: int, mode: Any) -> None:
+        """Ask everything of one task: the full cache first, which tells whether the others are worth asking."""
+        config = self.config
+        ours = [s.method for s in self.subjects if not Kvpress.owns(s.method)]
+        contexts = Contexts(self.engine, task, length, mode, config.seed, ours)
+        samples = range(self._samples(task))
+        for index in samples:
+            self._step(f"{task.name} {length} {mode}: {FULL}")
+            self._ask(contexts, index, FULL_SUBJECT)
+        place = (mode, task.name, length)
+        mine = [
+            r.score for r in self.file.records if type(r) is Score and r.subject.method == FULL and r.place[:3] == place
+        ]
+        if np.mean(mine) < INFORMATIVE and not config.everything:
+            reason = f"the full cache scores {np.mean(mine):.2f}, below {INFORMATIVE}: not informative on this model"
+            self._skip(Skip(FULL_SUBJECT, f"score {mode} {task.name}", length, reason))
+            self.done += len(samples) * len(self.subjects)
+            return
+        for index in samples:
+            for subject in self.subjects:
+                self._step(f"{task.name} {length} {mode}: {subject.method}")
+                self._ask(contexts, index, subject)
+            contexts.forget(index)
+
+    def _full_score(self, *place: Any) -> float:
+        full = [r for r in self.file.records if type(r) is Score and r.subject.method == FULL]
+        return float(np.mean([r.score for r in full if r.place[:3] == place]))
+
+    def _ask(self, contexts: Contexts, index: int, subject: Subject) -> None:
+        """Ask a sample's questions that were not asked yet."""
+        sample = contexts.sample(index)
+        place = (contexts.mode, sample.task, sample.length, index)
+        missing = [i for i in range(len(sample.questions)) if self._missing(Score, subject, *place, i)]
+        if not missing:
+            return
+        for i, tokens in zip(missing, self._answers(contexts, index, subject.method, missing), strict=True):
+            question = sample.questions[i]
+            response = self.engine.tokenizer.decode(tokens)
+            depth = sample.depths[i] if sample.depths else None
+            points = score(response, question)
+            self.file.add(Score(subject, *place[:3], index, i, depth, points, response, question.answers))
+
+    def _answers(self, contexts: Contexts, index: int, method: str, missing: Sequence[int]) -> Iterator[list[int]]:
+        questions = contexts.sample(index).questions
+        prompts = {i: contexts.prompt(index, i) for i in missing}
+        most = {i: self._most(questions[i]) for i in missing}
+        if Kvpress.owns(method):
+            assert self.presses is not None
+            yield from self.presses.answers(method, list(prompts.values()), list(most.values()))
+            return
+        state: State = None
+        for i in missing:
+            if state is None or contexts.mode == "aware":
+                state = contexts.compressed(index, i, method)
+            mine = state if i == missing[-1] or contexts.mode == "aware" else self.engine.copy(state)
+            yield self.engine.answer(mine, prompts[i].question, most[i])
+
+    def _most(self, question: Question) -> int:
+        return min(question.max_tokens, self.config.max_tokens or question.max_tokens)
+
+    # -- fidelity -------------------------------------------------------------------------------------------------
+
+    def _fidelity(self, length: int, text: int) -> None:
+        """Feed a text's next tokens through every method's cache of its beginning."""
+        missing = [s for s in self.subjects if self._missing(Fidelity, s, length, text)]
+        self._step(f"fidelity {length}: {FULL}")
+        self.done += len(self.subjects) - len(missing)
+        if not missing:
+            return
+        tokens = self._prose(length + self.config.fidelity_tokens, text)
+        prefix, fed, scored = tokens[: length - 1], tokens[length - 1 : -1], tokens[length:]
+        at_end = [s.method for s in missing if not Kvpress.owns(s.method) and self.engine.acts_at_end(s.method)]
+        recorded = self.engine.record(prefix, [FULL, *at_end])
+        full = np.stack(list(self.engine.forced(self.engine.compress(recorded, FULL), fed)))
+        for subject in missing:
+            self._step(f"fidelity {length}: {subject.method}")
+            if Kvpress.owns(subject.method):
+                assert self.presses is not None
+                numbers = self.presses.fidelity(subject.method, prefix, fed, scored)
+            else:
+                numbers = drift(full, self._forced(recorded, subject.method, at_end, prefix, fed), scored)
+                if not any(numbers[0]) and subject.ratio < 1:
+                    raise KVMLXError(f"{subject.method} changed nothing at all: its cache was not used, which is a bug")
+            self.file.add(Fidelity(subject, length, text, *numbers))
+
+    def _forced(
+        self, recorded: State, method: str, at_end: Sequence[str], prefix: Sequence[int], fed: Sequence[int]
+    ) -> np.ndarray:
+        engine = self.engine
+        state = engine.compress(recorded, method) if method in at_end else engine.prefill(prefix, method)
+        return np.stack(list(engine.forced(state, fed)))
+
+    def _prose(self, n: int, text: int) -> list[int]:
+        """Return n tokens of prose; texts 0, 1, ... lie one after the other."""
+        paragraphs = PROSE.read_text(encoding="utf-8").split("\n\n")
+        encode = self.engine.tokenizer.encode
+        tokens = [t for p in paragraphs for t in encode(p.strip() + "\n\n", add_special_tokens=False)]
+        if (text + 1) * n > len(tokens):
+            raise KVMLXError(
+                f"fidelity and costs need {text + 1} texts of {n} tokens; the prose in kvmlx has {len(tokens)}: "
+                "lower lengths, fidelity_texts or fidelity_tokens"
+            )
+        return [int(t) for t in tokens[text * n : (text + 1) * n]]
+
+    # -- costs ----------------------------------------------------------------------------------------------------
+
+    def _costs(self, length: int, batch: int) -> None:
+        tokens = self._prose(length, 0)
+        for subject in (FULL_SUBJECT, *self.subjects):
+            self._step(f"costs {length}, batch {batch}: {subject.method}")
+            if Kvpress.owns(subject.method):
+                self._skip(Skip(subject, "cost", length, "times of another process and framework do not compare"))
+            elif self._missing(Costs, subject, length, batch):
+                cost = self.engine.cost(
+                    tokens, subject.method, batch=batch, steps=self.config.steps, repeats=self.config.repeats
+                )
+                self.file.add(Costs(subject, length, batch, **asdict(cost)))
+
+
+def drift(full: np.ndarray, other: np.ndarray, scored: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
+    """Return KL(full || other), flips, and both negative log-likelihoods of ``scored``, a number a token.
+
+    Args:
+        full, other: log-probabilities ``[tokens, vocabulary]``, float32.
+        scored: the text's own next tokens.
+    """
+    p, q = full.astype(np.float64), other.astype(np.float64)
+    kl = np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+    rows = np.arange(len(scored))
+    return (
+        tuple(kl.tolist()),
+        tuple((p.argmax(axis=1) != q.argmax(axis=1)).tolist()),
+        tuple((-q[rows, list(scored)]).tolist()),
+        tuple((-p[rows, list(scored)]).tolist()),
+    )
