@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvmlx.stages.base import Stage
-from kvmlx.store import RING_STEP, SPAN_STEP, TAIL_STEP
+from kvmlx.store import SPAN_STEP, tail_step
 from kvmlx.strategy import Strategy
 from kvmlx.types import KVMLXError, ModelInfo, UnsupportedModelError, resolve_budget
 
@@ -224,7 +224,7 @@ class _Plan:
         if self.has_body:
             encoded = max(0, rows - strategy.sinks - strategy.recent) // self.unit * self.unit
         exact = rows - encoded
-        step = RING_STEP if self.has_body else TAIL_STEP
+        step = tail_step(exact, self.has_body)
         capacity = _up(exact, step) + (step if self.has_body and (encoded or rows < tokens) else 0)
         span = _up(encoded, math.lcm(SPAN_STEP, self.unit))
         column_bytes = 4 * sum((bool(strategy.merge and strategy.merge.makes_bias), "sums" in strategy.needs))

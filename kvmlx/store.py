@@ -21,13 +21,28 @@ from kvmlx.stages.encode.codecs import Exact
 from kvmlx.types import Array, Backend, Codec
 
 TAIL_STEP = 256
-"""Growth of a tail that holds every row (mlx-lm's own step)."""
+"""Largest growth of a tail that holds every row (mlx-lm's own step)."""
 RING_STEP = 32
-"""Growth of a tail in front of a body: rows gathered before they are encoded together."""
+"""Growth of a tail in front of a body, rows gathered before they are encoded together; the least of any tail."""
 SPAN_STEP = 64
 """Growth of a body's span: re-laying costs one copy every 64 rows, little beside reading the body every step."""
 
 Planes = dict[str, Array]
+
+
+def tail_step(rows: int, in_front: bool) -> int:
+    """Return the multiple to which the room of a tail of so many rows is rounded.
+
+    About an eighth of the rows, so that a small budget does not hold mostly head-room: growing copies each row some
+    eight times per row that comes, little beside the attention that reads them all.
+
+    Args:
+        rows: rows of the tail.
+        in_front: whether a body may be behind it.
+    """
+    if in_front:
+        return RING_STEP
+    return min(TAIL_STEP, max(1, -(-rows // (8 * RING_STEP))) * RING_STEP)
 
 
 @dataclass(frozen=True)
@@ -108,9 +123,10 @@ class LayerStore:
         """Rows that enter or leave the body together."""
         return math.lcm(*(c.block for c in self.codecs)) if self.codecs else 1
 
-    @property
-    def step(self) -> int:
-        return RING_STEP if self.given_codecs else TAIL_STEP
+    def _room(self, rows: int) -> int:
+        """Return the capacity of a tail of so many rows."""
+        step = tail_step(rows, bool(self.given_codecs))
+        return -(-rows // step) * step
 
     @property
     def first(self) -> int:
@@ -186,7 +202,7 @@ class LayerStore:
         capacity = self.keys.shape[2]
         if self.end + n <= capacity:
             return
-        grown = -(-(self.end + n) // self.step) * self.step
+        grown = self._room(self.end + n)
 
         def grow(x: Array) -> Array:
             b, h, _, *rest = x.shape
@@ -220,7 +236,7 @@ class LayerStore:
         index = np.zeros((b * h, most), np.int32)
         for lane, rows in enumerate(kept):
             index[lane, most - len(rows) :] = rows
-        capacity = -(-most // self.step) * self.step + (self.step if self.codecs else 0)
+        capacity = self._room(most) + (RING_STEP if self.codecs else 0)
         self.keys = self._gather_tail(self.keys, index, capacity)
         self.values = self._gather_tail(self.values, index, capacity)
         self.columns = {n: self._gather_tail(c, index, capacity) for n, c in self.columns.items()}
@@ -514,7 +530,7 @@ class LayerStore:
         xp = model.backend.xp
         _, h, d, dv = filled[0].shape
         most = max(int(s.tail_lengths[b].max()) for s, b in parts if not s.empty)
-        capacity = -(-most // out.step) * out.step + (out.step if out.codecs else 0)
+        capacity = out._room(most) + (RING_STEP if out.codecs else 0)
 
         def lane(x: Array | None, s: LayerStore, b: int, rest: tuple[int, ...], dtype: Any) -> Array:
             n = 0 if x is None else int(s.tail_lengths[b].max())

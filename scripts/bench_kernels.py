@@ -35,12 +35,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvmlx.backends.mlx import choose
+from kvmlx.machine import software
 from kvmlx.selftest import why_plain
 from kvmlx.session import LayerCache, Session
 from kvmlx.store import LayerStore
 from kvmlx.strategy import Strategy
 from kvmlx.types import LayerInfo, ModelInfo
-from scripts.timing import quartiles, software
+from scripts.timing import quartiles
 
 BASELINE = "mx.fast attention"
 """`mx.fast.scaled_dot_product_attention`."""

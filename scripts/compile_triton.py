@@ -26,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.timing import software
+from kvmlx.machine import software
 
 if TYPE_CHECKING:
     from scripts.triton_calls import Call

@@ -29,13 +29,14 @@ from rich.progress import track
 
 import kvmlx
 from kvmlx.backends.mlx import layers_of
+from kvmlx.bench.tasks.haystack import prose
 from kvmlx.demo_model import ensure_demo_model
+from kvmlx.machine import cpu, software
 from kvmlx.strategy import PRESETS, Strategy
-from scripts.timing import cpu, quartiles, software
+from scripts.timing import quartiles
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-PROSE = ROOT / "scripts" / "data" / "prose.txt"
 console = Console(stderr=True)
 
 HEADS, KV_HEADS, DIM, LAYERS = 8, 4, 128, 2
@@ -212,7 +213,7 @@ def logprobs(model: Any, caches: list[Any], tokens: np.ndarray, n_prefix: int) -
 def measure_peak(texts: list[str], tokens: int) -> None:
     """Peak of a real prefill and of the two steps after it, and what the cache held between its chunks."""
     model, tokenizer = demo_model()
-    ids = np.array(tokenizer.encode(PROSE.read_text(encoding="utf-8"))[: tokens + 2])
+    ids = np.array(tokenizer.encode(prose())[: tokens + 2])
     rows = []
     for name in track(["stock", *texts], description="peak", console=console):
         mx.clear_cache()
@@ -239,7 +240,7 @@ def quantized(bits: int, group: int) -> Callable[[Any], list[Any]]:
 def measure_quality(texts: list[str], n_windows: int, n_prefix: int, n_scored: int) -> None:
     """KL(full || compressed) and flips of the top token, teacher-forced through the cache as a user runs it."""
     model, tokenizer = demo_model()
-    ids = np.array(tokenizer.encode(PROSE.read_text(encoding="utf-8")))
+    ids = np.array(tokenizer.encode(prose()))
     starts = np.linspace(0, len(ids) - n_prefix - n_scored - 1, n_windows).astype(int)
     windows = [ids[s : s + n_prefix + n_scored] for s in starts]
     makers: dict[str, Callable[[Any], list[Any]]] = {
@@ -293,10 +294,9 @@ def needle_prompt(tokenizer: Any, tokens: int, depth: float, n_keys: int, seed: 
     names = [str(c) for c in rng.permutation(CITIES)[:n_keys]]
     numbers = [str(n) for n in rng.integers(10_000, 99_999, n_keys)]
     needles = [f" The special magic number for {c} is: {n}. " for c, n in zip(names, numbers, strict=True)]
-    prose = PROSE.read_text(encoding="utf-8")
     start = int(rng.integers(0, 30_000))
-    start = prose.index(". ", start) + 2
-    sentences = prose[start : start + tokens * 6].replace("\n", " ").split(". ")
+    start = prose().index(". ", start) + 2
+    sentences = prose()[start : start + tokens * 6].replace("\n", " ").split(". ")
     spare = tokens - 90 - 16 * n_keys
     text, count = [], 0
     for sentence in sentences:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kvmlx import CacheFileError, files
+from kvmlx.bench.tasks.haystack import prose
 from kvmlx.demo_model import demo_model_path, is_intact
 from tests.bits import assert_same_bits
 from tests.tiny_model import llama_config, llama_weights, tiny_llama
@@ -455,7 +456,6 @@ REAL = {
     "quantization": "small",
     "combined": "snapkv(budget=0.5) | int4",
 }
-PROSE = Path(__file__).resolve().parents[1] / "scripts" / "data" / "prose.txt"
 PROMPT_TOKENS = 320
 
 
@@ -468,7 +468,7 @@ def smollms() -> tuple[Pair, np.ndarray]:
     model, tokenizer = mlx_lm.load(str(folder))[:2]
     model.set_dtype(mx.float32)
     twin = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokens = tokenizer.encode(PROSE.read_text(encoding="utf-8")[:20_000])[4000 : 4000 + PROMPT_TOKENS]
+    tokens = tokenizer.encode(prose()[:20_000])[4000 : 4000 + PROMPT_TOKENS]
     return (MLX(model), Torch(twin)), np.array([tokens])
 
 

@@ -12,6 +12,7 @@ from layer import SCALE, Sequence_, expected, feed, make_layer, prefill
 
 from kvmlx import attention, reference
 from kvmlx.backends.numpy import BACKEND as NUMPY
+from kvmlx.store import RING_STEP
 
 SMALL = "sinks=2, recent=8"
 SELECT = {
@@ -267,7 +268,7 @@ def test_nbytes_is_the_sum_of_what_is_held_and_of_the_format(text: str, sequence
         body = int(store.span.sum()) * (sum(p.row_bytes for p in planes) + 4 * len(store.column_names))
     held = sum(a.nbytes for a in store.arrays().values())
     assert held == tail + body
-    assert capacity - store.end <= 2 * store.step
+    assert capacity - store.end <= 2 * RING_STEP + store.end // 8, "head-room is an eighth at most, or a few rows"
     assert (store.span - store.length).max() < max(64, store.unit) * 2
 
 

@@ -6,13 +6,13 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from kvmlx.bench.tasks.haystack import prose
 from kvmlx.cli.backends import choose
 from kvmlx.cli.engines import MLXEngine, TorchEngine, has_chat_template, load
 from kvmlx.cli.output import PrefillBar, print_json, size, stdout
@@ -31,7 +31,6 @@ INTRODUCTION = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the number afterwards."
 )
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +103,13 @@ def make_needle(tokenizer: Any, tokens: int, *, seed: int = 7) -> Needle:
 
 def _halves(tokenizer: Any, tokens: int) -> tuple[str, str]:
     """Return text of ``tokens`` tokens in two halves that end with whole sentences."""
-    text = long_text()
+    text = prose()
     ids = tokenizer.encode(text[: tokens * 8], add_special_tokens=False)
     while len(ids) < tokens:
         ids = ids + ids
     halves = ids[: tokens // 2], ids[tokens // 2 : tokens]
     before, after = (tokenizer.decode(half, skip_special_tokens=True).strip() for half in halves)
     return before, after
-
-
-def long_text() -> str:
-    """Return prose: that of the repository where it is at hand, generated filler elsewhere."""
-    path = Path(__file__).parents[2] / "scripts" / "data" / "prose.txt"
-    return path.read_text(encoding="utf-8") if path.is_file() else FILLER * 2000
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from kvmlx.machine import cpu, software
 from scripts.gpu.run import Run
-from scripts.timing import cpu, software
 
 
 def environment(run: Run) -> dict[str, Any]:
