@@ -255,11 +255,13 @@ class _Plan:
     def observed(self, shape: LayerShape, *, prefilling: bool) -> int:
         """Return the bytes of the queries, or of their moments, that a stage reads.
 
-        Queries are let go once the prompt is complete, unless decoding selects too.
+        They are let go once the prompt is complete, unless decoding selects too.
         """
         needs, dim = self.strategy.needs, shape.key_dim
         nbytes = 0
-        if "queries" in needs and (prefilling or self.strategy.every is not None):
+        if not prefilling and self.strategy.every is None:
+            return nbytes
+        if "queries" in needs:
             nbytes += shape.n_heads * self.strategy.window * dim * self.item_bytes
         if "query_moments" in needs:
             nbytes += shape.n_heads * (dim + dim * dim) * 4

@@ -350,10 +350,13 @@ class LayerCache:
         if self.strategy.every is None and not self.prefilling.any():
             # Decoding selects nothing: the next prompt brings its own queries.
             self.queries, self.n_queries = None, np.zeros(self.batch, np.int64)
+            self.moments = None
 
     def _decodes(self) -> bool:
         """Whether every sequence decodes and nothing is due, as in most steps of decoding."""
-        if self.strategy.every is not None or self.prefilling.any() or self.queries is not None:
+        if self.strategy.every is not None or self.prefilling.any():
+            return False
+        if self.queries is not None or self.moments is not None:
             return False
         return not self.strategy.encodes or self._loose < FLUSH_ROWS
 

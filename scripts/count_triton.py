@@ -182,7 +182,7 @@ def count(call: Call) -> dict[str, Any]:
     fewer = lru_cache(lambda device: -(-PROCESSORS * call.n_kv_heads // KV_HEADS))
     with (
         patch.object(attend, "processors", fewer),
-        patch.object(prefill, "_processors", fewer),
+        patch.object(prefill, "processors", fewer),
         counting() as launches,
     ):
         call.run(on("cpu"))

@@ -262,7 +262,7 @@ def test_memory_is_for_the_queries_only(monkeypatch: pytest.MonkeyPatch) -> None
         return made[-1]
 
     monkeypatch.setattr(torch.Tensor, "new_empty", noted)
-    monkeypatch.setattr(kernels, "_processors", lambda _: 132)
+    monkeypatch.setattr(kernels, "processors", lambda _: 132)
     arrays, scale = make(Shape("float16", "float16", 64, n_queries=32, n_keys=8192))
     with recording():
         out = column_sums(**arrays, scale=scale)

@@ -508,7 +508,7 @@ def blank(n_queries: int, body: int) -> Problem:
 
 def test_scratch_does_not_grow_with_the_history() -> None:
     assert scratch(1024, 4096) == scratch(1024, 65536) == []
-    bound = prefill._processors(blank(16, 64).queries.device) * 128 * (128 + 1) * 4
+    bound = prefill.processors(blank(16, 64).queries.device) * 128 * (128 + 1) * 4
     for n in (16, 100, 500):
         sizes = {body: scratch(n, body) for body in (16384, 65536, 131072)}
         assert sizes[16384] == sizes[65536] == sizes[131072]

@@ -114,7 +114,7 @@ class KVMLXCache:
             return mask
         padded = self.batched and self.layer.strategy.identity
         if padded and not store.empty:
-            first = int(store.begin.min())
+            first = store.first
             left = mx.array((store.begin[:, 0] - first).astype(np.int32))
             return base.create_causal_mask(N, store.end - first, left_padding=left)
         if return_array and (N > 1 or not self.batched):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,10 @@ from kvmlx.bench.kvpress import Kvpress, Press
 from kvmlx.bench.records import FULL, Costs, Fidelity, ResultsFile, Score, Skip, Subject, key
 from kvmlx.bench.summary import INFORMATIVE
 from kvmlx.bench.tasks import Task, score, tasks_of
+from kvmlx.bench.tasks.haystack import prose
 from kvmlx.bench.types import Engine, Question, State
 from kvmlx.types import KVMLXError
 
-PROSE = Path(__file__).parent / "data" / "prose.txt"
 FULL_SUBJECT = Subject(FULL, FULL, None, 1.0)
 
 Step = Callable[[str, int, int], None]
@@ -160,6 +159,13 @@ class Runner:
         ours = [s.method for s in self.subjects if not Kvpress.owns(s.method)]
         contexts = Contexts(self.engine, task, length, mode, config.seed, ours)
         samples = range(self._samples(task))
+        try:
+            for index in samples:
+                contexts.sample(index)
+        except KVMLXError as error:
+            self._skip(Skip(FULL_SUBJECT, f"score {mode} {task.name}", length, str(error)))
+            self.done += len(samples) * (1 + len(self.subjects))
+            return
         for index in samples:
             self._step(f"{task.name} {length} {mode}: {FULL}")
             self._ask(contexts, index, FULL_SUBJECT)
@@ -189,27 +195,37 @@ class Runner:
         missing = [i for i in range(len(sample.questions)) if self._missing(Score, subject, *place, i)]
         if not missing:
             return
-        for i, tokens in zip(missing, self._answers(contexts, index, subject.method, missing), strict=True):
+        try:
+            answers = self._answers(contexts, index, subject.method, missing)
+        except KVMLXError as error:
+            if not Kvpress.owns(subject.method):
+                raise
+            self._skip(Skip(subject, f"score {contexts.mode} {sample.task}", sample.length, str(error)))
+            return
+        for i, tokens in zip(missing, answers, strict=True):
             question = sample.questions[i]
             response = self.engine.tokenizer.decode(tokens)
             depth = sample.depths[i] if sample.depths else None
             points = score(response, question)
             self.file.add(Score(subject, *place[:3], index, i, depth, points, response, question.answers))
 
-    def _answers(self, contexts: Contexts, index: int, method: str, missing: Sequence[int]) -> Iterator[list[int]]:
+    def _answers(self, contexts: Contexts, index: int, method: str, missing: Sequence[int]) -> Iterable[list[int]]:
         questions = contexts.sample(index).questions
         prompts = {i: contexts.prompt(index, i) for i in missing}
         most = {i: self._most(questions[i]) for i in missing}
         if Kvpress.owns(method):
             assert self.presses is not None
-            yield from self.presses.answers(method, list(prompts.values()), list(most.values()))
-            return
-        state: State = None
-        for i in missing:
-            if state is None or contexts.mode == "aware":
-                state = contexts.compressed(index, i, method)
-            mine = state if i == missing[-1] or contexts.mode == "aware" else self.engine.copy(state)
-            yield self.engine.answer(mine, prompts[i].question, most[i])
+            return list(self.presses.answers(method, list(prompts.values()), list(most.values())))
+
+        def each() -> Iterator[list[int]]:
+            state: State = None
+            for i in missing:
+                if state is None or contexts.mode == "aware":
+                    state = contexts.compressed(index, i, method)
+                mine = state if i == missing[-1] or contexts.mode == "aware" else self.engine.copy(state)
+                yield self.engine.answer(mine, prompts[i].question, most[i])
+
+        return each()
 
     def _most(self, question: Question) -> int:
         return min(question.max_tokens, self.config.max_tokens or question.max_tokens)
@@ -232,7 +248,11 @@ class Runner:
             self._step(f"fidelity {length}: {subject.method}")
             if Kvpress.owns(subject.method):
                 assert self.presses is not None
-                numbers = self.presses.fidelity(subject.method, prefix, fed, scored)
+                try:
+                    numbers: Any = self.presses.fidelity(subject.method, prefix, fed, scored)
+                except KVMLXError as error:
+                    self._skip(Skip(subject, "fidelity", length, str(error)))
+                    continue
             else:
                 numbers = drift(full, self._forced(recorded, subject.method, at_end, prefix, fed), scored)
                 if not any(numbers[0]) and subject.ratio < 1:
@@ -248,7 +268,7 @@ class Runner:
 
     def _prose(self, n: int, text: int) -> list[int]:
         """Return n tokens of prose; texts 0, 1, ... lie one after the other."""
-        paragraphs = PROSE.read_text(encoding="utf-8").split("\n\n")
+        paragraphs = prose().split("\n\n")
         encode = self.engine.tokenizer.encode
         tokens = [t for p in paragraphs for t in encode(p.strip() + "\n\n", add_special_tokens=False)]
         if (text + 1) * n > len(tokens):
@@ -264,10 +284,15 @@ class Runner:
         tokens = self._prose(length, 0)
         for subject in (FULL_SUBJECT, *self.subjects):
             self._step(f"costs {length}, batch {batch}: {subject.method}")
+            source: Any = self.engine
             if Kvpress.owns(subject.method):
-                self._skip(Skip(subject, "cost", length, "times of another process and framework do not compare"))
-            elif self._missing(Costs, subject, length, batch):
-                cost = self.engine.cost(
+                source = self.presses
+                if self.engine.name != "torch":
+                    reason = f"times of PyTorch do not compare with those of {self.engine.name}: use --backend torch"
+                    self._skip(Skip(subject, "cost", length, reason))
+                    continue
+            if self._missing(Costs, subject, length, batch):
+                cost = source.cost(
                     tokens, subject.method, batch=batch, steps=self.config.steps, repeats=self.config.repeats
                 )
                 self.file.add(Costs(subject, length, batch, **asdict(cost)))

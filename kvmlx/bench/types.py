@@ -10,8 +10,6 @@ import numpy as np
 
 Mode = Literal["agnostic", "aware"]
 """Whether the context is compressed before the question is known, or with the question at its end."""
-Metric = Literal["all", "any"]
-"""RULER's scores: the share of the answers that the response contains, or whether it contains one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +21,8 @@ class Question:
     prefix: str = ""
     """How the answer begins; handed to the model as the beginning of its own words."""
     max_tokens: int = 128
-    metric: Metric = "all"
+    metric: str = "all"
+    """How a response is scored: a name of `tasks.scores.METRICS`, which has RULER's and LongBench's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,8 +98,15 @@ def _run(config: Config, engine: Any, file: ResultsFile) -> None:
             return
         from kvmlx.cli.models import resolve_model
 
-        with Kvpress(config.kvpress, resolve_model(config.model), dtype=engine.dtype) as presses:
+        with Kvpress(
+            config.kvpress, resolve_model(config.model), dtype=engine.dtype, device=_device(engine)
+        ) as presses:
             Runner(config, engine, config_of(config.model), file, presses, on_step).run()
+
+
+def _device(engine: Any) -> str:
+    """Return where kvpress runs: on the GPU if the engine's PyTorch does."""
+    return "cuda" if engine.name == "torch" and engine.device != "cpu" else "cpu"
 
 
 @contextmanager
@@ -183,7 +190,8 @@ def show_comparison(a: str, b: str, kind: str | None) -> None:
     if kind is None:
         report.print_comparison(changes, stdout())
     else:
-        print(report.format_comparison(changes, kind))
+        formats = {"json": report.comparison_json, "csv": report.comparison_csv, "md": report.comparison_md}
+        print(formats[kind](changes))
 
 
 def show_tasks(name: str | None, length: int) -> None:

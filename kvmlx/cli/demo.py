@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvmlx.bench.tasks.haystack import prose
+from kvmlx.bench.tasks.prompts import has_chat_template
 from kvmlx.cli.backends import choose
-from kvmlx.cli.engines import MLXEngine, TorchEngine, has_chat_template, load
+from kvmlx.cli.engines import MLXEngine, TorchEngine, load
 from kvmlx.cli.output import PrefillBar, print_json, size, stdout
 from kvmlx.strategy import Strategy
 

@@ -68,12 +68,6 @@ def load(name: str, backend: str, dtype: str | None, **options: Any) -> MLXEngin
         raise line from error
 
 
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether a tokenizer, mlx-lm's or transformers', knows how a chat is written."""
-    own = getattr(tokenizer, "has_chat_template", None)
-    return bool(getattr(tokenizer, "chat_template", None) if own is None else own)
-
-
 class MLXEngine:
     """A model of mlx-lm."""
 

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 from rich.markup import escape
 
-from kvmlx.cli.engines import PREFILL_STEP, Answer, Sampling, TorchEngine, has_chat_template, load
+from kvmlx.bench.tasks.prompts import has_chat_template
+from kvmlx.cli.engines import PREFILL_STEP, Answer, Sampling, TorchEngine, load
 from kvmlx.cli.held import chat_status, held_by, summary
 from kvmlx.cli.output import PrefillBar, UsageError, print_json, stderr, stdout
 from kvmlx.strategy import Strategy

@@ -22,6 +22,7 @@ EXTRAS = {
     "triton": "torch",
     "gguf": "demo",
     "matplotlib": "bench",
+    "datasets": "hub",
 }
 """Which extra of kvmlx brings a package."""
 

@@ -88,7 +88,7 @@ def operands(store: LayerStore, queries: mx.array, *, scale: float, mask: mx.arr
     inputs["tail_keys"], inputs["tail_values"] = store.keys, store.values
     inputs["tail_bias"] = store.columns["bias"] if biased else unused
     inputs["mask"] = unused if mask is None else mask
-    first = int(store.begin.min())
+    first = store.first
     body_rows = int(store.length.max()) if has_body else 0
     inputs["shape"] = integers(h, hq // h, n, store.keys.shape[2], store.end, first, store.sinks)
     inputs["view"] = integers(body_rows, *_strides(mask), window)

@@ -42,7 +42,7 @@ from kvmlx.backends.torch.triton.codecs import (
     streams,
     streams_of,
 )
-from kvmlx.backends.torch.triton.launch import TritonKernel
+from kvmlx.backends.torch.triton.launch import TritonKernel, processors
 from kvmlx.backends.torch.triton.operands import NUMBERS, UNALIGNED, Operands, counts, lane_of, operands
 from kvmlx.store import LayerStore
 
@@ -605,12 +605,6 @@ def attend_decode(
 def takes(store: LayerStore, queries: Tensor) -> bool:
     """Whether this kernel attends, and not prefill's: for a few new tokens."""
     return queries.shape[2] <= MAX_QUERIES
-
-
-@lru_cache
-def processors(device: torch.device) -> int:
-    """Return the multiprocessors of a device; on a CPU those of an H100, so that work is divided as there."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def splits(x: Operands, n_blocks: int, config: Config, n_processors: int) -> tuple[int, int]:

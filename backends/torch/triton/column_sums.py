@@ -24,8 +24,7 @@ from torch import Tensor
 
 from kvmlx.backends.formats import MAX_DIM
 from kvmlx.backends.torch.triton.codecs import INTERPRETED, bound
-from kvmlx.backends.torch.triton.launch import TritonKernel, integers
-from kvmlx.backends.torch.triton.launch import processors as _processors
+from kvmlx.backends.torch.triton.launch import TritonKernel, integers, processors
 
 LOG2_E = 1.4426950408889634
 ALIGNED = 8
@@ -381,7 +380,7 @@ def _columns(
     queries, keys = _aligned(queries), _aligned(keys)
     exact = queries.dtype != keys.dtype or queries.dtype == torch.float32
     config = config or config_of(n, group, d, exact)
-    wanted = PROGRAMS_PER_PROCESSOR * _processors(device)
+    wanted = PROGRAMS_PER_PROCESSOR * processors(device)
     n_blocks = -(-group * n // config.rows)
     n_splits, split_keys = splits(b * h * n_blocks, t, config.keys, wanted)
     key_blocks = -(-t // config.held_keys)

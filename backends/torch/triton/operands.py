@@ -148,7 +148,7 @@ def operands(
     tensors["mask"] = mask
     tensors["numbers"] = numbers
     if numbers is None:
-        first = int(store.begin.min())
+        first = store.first
         body_rows = int(store.length.max()) if has_body else 0
         tail_rows = store.end - first
         tensors["lanes"] = integers(_lanes(store), queries.device)
@@ -195,7 +195,7 @@ def operands(
 
 def numbers_of(store: LayerStore) -> np.ndarray:
     """Return what `operands` takes as ``numbers`` (on the device): int32, end, first, body_rows, 0, then the lanes."""
-    header = [store.end, int(store.begin.min()), int(store.length.max()), 0]
+    header = [store.end, store.first, int(store.length.max()), 0]
     return np.concatenate([np.array(header, np.int32), _lanes(store).ravel()])
 
 

@@ -35,8 +35,7 @@ from torch import Tensor
 
 from kvmlx.backends.formats import FLOAT32, Format
 from kvmlx.backends.torch.triton.codecs import bound, product
-from kvmlx.backends.torch.triton.launch import TritonKernel, chip_of, constant
-from kvmlx.backends.torch.triton.launch import processors as _processors
+from kvmlx.backends.torch.triton.launch import TritonKernel, chip_of, constant, processors
 from kvmlx.backends.torch.triton.operands import NUMBERS, SIDES, UNALIGNED, Operands, counts, lane_of, operands
 from kvmlx.backends.torch.triton.tiles import table_of, tile
 from kvmlx.store import LayerStore
@@ -444,7 +443,7 @@ def attend_prefill(
     # As the next layer wants it, heads of a token together; handed out as [B, Hq, L, Dv].
     out = torch.empty((b, n, hq, x.value_dim), dtype=queries.dtype, device=queries.device)
     n_blocks = -(-x.group * n // config.block_m)
-    n_splits = splits(x, n_blocks, config, _processors(queries.device))
+    n_splits = splits(x, n_blocks, config, processors(queries.device))
     given: dict[str, Tensor | None] = {"out": out, "sink_logits": sinks, "partial": None, "lse": None}
     if n_splits:
         made = {"dtype": torch.float32, "device": queries.device}
