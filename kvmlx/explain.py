@@ -157,20 +157,20 @@ def explain(
     if context < 1:
         raise KVMLXError(f"context must be a number of tokens >= 1, got {context!r}")
     if isinstance(model, ModelInfo):
-        shapes, own_dtype = _shapes_of_info(model), "float16"
+        shapes, own_dtype = shapes_of_info(model), "float16"
     else:
         shapes, own_dtype = layer_shapes(model), model_dtype(model)
     dtype = dtype or own_dtype
     if dtype not in ITEM_BYTES:
         raise KVMLXError(f"dtype must be one of {', '.join(ITEM_BYTES)}, got {dtype!r}")
-    plan = _Plan(strategy, sum(s.kind == "full" for s in shapes), ITEM_BYTES[dtype])
+    plan = Plan(strategy, sum(s.kind == "full" for s in shapes), ITEM_BYTES[dtype])
     if plan.n_layers == 0:
         raise UnsupportedModelError("the model has no layer with a full attention cache: there is nothing to compress")
     layers = _layers(plan, shapes, context, prefill_step)
     return Explanation(strategy, context, dtype, prefill_step, tuple(layers))
 
 
-def _layers(plan: _Plan, shapes: list[LayerShape], context: int, step: int) -> Iterator[LayerBytes]:
+def _layers(plan: Plan, shapes: list[LayerShape], context: int, step: int) -> Iterator[LayerBytes]:
     kept = iter(plan.kept(context))
     # The last chunk joins what the earlier ones have left; the strategy runs after it.
     before = (context - 1) // step * step if plan.strategy.bounded else 0
@@ -196,7 +196,7 @@ def _unmanaged(index: int, shape: LayerShape, context: int, item_bytes: int) -> 
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A strategy's arithmetic."""
 
     strategy: Strategy
@@ -433,7 +433,7 @@ def _kind(config: Mapping[str, Any], name: str) -> LayerKind | None:
     return known[name]
 
 
-def _shapes_of_info(info: ModelInfo) -> list[LayerShape]:
+def shapes_of_info(info: ModelInfo) -> list[LayerShape]:
     unknown = [x.index for x in info.layers if not (x.n_kv_heads and x.key_dim)]
     if unknown:
         raise KVMLXError(

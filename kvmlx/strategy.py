@@ -86,7 +86,7 @@ class Strategy:
         Raises:
             StrategyError: the text is not a strategy; the message says where, and what would be.
         """
-        return cls(tuple(_Parser(text).stages()))
+        return cls(tuple(_stages(text)))
 
     @classmethod
     def of(cls, value: str | Stage | Strategy) -> Strategy:
@@ -292,24 +292,18 @@ class _Parser:
             return True
         return False
 
-    def stages(self) -> Iterator[Stage]:
-        yield from self._stage()
+    def calls(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield self._call()
         while self._accept("|"):
-            yield from self._stage()
+            yield self._call()
         if self._peek()[0] != "end":
             raise self._error(f"expected '|' or the end, got {self._peek()[1]!r}")
 
-    def _stage(self) -> Iterator[Stage]:
+    def _call(self) -> tuple[str, dict[str, Any]]:
         kind, name, at = self._next()
         if kind != "word":
             raise self._error(f"expected the name of a stage, got {name!r}", at)
-        args = self._arguments() if self._accept("(") else {}
-        if name in PRESETS:
-            if args:
-                raise StrategyError(f"the preset {name!r} takes no parameters; it is {PRESETS[name]!r}: write that out")
-            yield from _Parser(PRESETS[name]).stages()
-            return
-        yield make_stage(name, args)
+        return name, self._arguments() if self._accept("(") else {}
 
     def _arguments(self) -> dict[str, Any]:
         args: dict[str, Any] = {}
@@ -335,6 +329,25 @@ class _Parser:
         if kind == "word":
             return {"true": True, "false": False, "none": None}.get(value, value)
         raise self._error(f"expected a value, got {value!r}", at)
+
+
+def parse_calls(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and parameters of each part of ``name(key=value, ...) | ...``; names are not looked up.
+
+    Raises:
+        StrategyError: the text is not of this form; the message names the character.
+    """
+    return _Parser(text).calls()
+
+
+def _stages(text: str) -> Iterator[Stage]:
+    for name, args in parse_calls(text):
+        if name not in PRESETS:
+            yield make_stage(name, args)
+        elif args:
+            raise StrategyError(f"the preset {name!r} takes no parameters; it is {PRESETS[name]!r}: write that out")
+        else:
+            yield from _stages(PRESETS[name])
 
 
 def make_stage(name: str, args: dict[str, Any]) -> Stage:

@@ -57,7 +57,7 @@ def test_methods_print_as_they_parse(text: str, shown: str) -> None:
         ("kvpress: snapkv | adakv(budget=0.5)", "the budget belongs to snapkv"),
         ("kvpress: snapkv(budget=1.5)", r"budget as a fraction must be in \(0, 1\]"),
         ("kvpress: snapkv(0.5)", "expected key=value"),
-        ("kvpress:", "expected the name of a press"),
+        ("kvpress:", "expected the name of a stage"),
         ("kvpress: full | adakv", "neither parameters nor wrappers"),
     ],
 )

@@ -25,7 +25,7 @@ README, METHODS, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "methods.md"
 METAL, CUDA = ROOT / "docs" / "metal.md", ROOT / "docs" / "cuda.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results"
-IN_COMMON = {"backends.base", "backends.files", "backends.formats", "backends.rotary"}
+IN_COMMON = {"backends.base", "backends.files", "backends.formats", "backends.rotary", "backends.rows"}
 """Rooms of backends that stand beside them: no framework is imported there."""
 FRAMEWORKS = {"mlx", "mlx_lm", "torch", "triton", "transformers", "array_api_compat"}
 

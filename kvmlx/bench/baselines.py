@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvmlx.strategy import _Parser
+from kvmlx.strategy import parse_calls
 from kvmlx.types import StrategyError, suggest
 
 MLX_LM = "mlx-lm"
@@ -63,13 +63,11 @@ def parse(text: str) -> Baseline | None:
     framework = framework.strip()
     if not colon or framework not in (MLX_LM, TRANSFORMERS):
         return None
-    parser = _Parser(rest.strip())
-    _, name, _ = parser._next()
+    (name, arguments), *more = parse_calls(rest.strip())
     known = [n for f, n in KNOWN if f == framework]
     if name not in known:
         raise StrategyError(f"{framework} has no cache {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
-    arguments = parser._arguments() if parser._accept("(") else {}
-    if parser._peek()[0] != "end":
+    if more:
         raise StrategyError(
             f"{text!r} goes on after the cache: {framework}'s own caches cannot be combined with stages"
         )

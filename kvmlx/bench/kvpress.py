@@ -22,7 +22,7 @@ import numpy as np
 
 from kvmlx.bench.records import Subject
 from kvmlx.bench.types import Cost, Prompt
-from kvmlx.strategy import _Parser
+from kvmlx.strategy import parse_calls
 from kvmlx.types import Budget, KVMLXError, StrategyError, check_budget, suggest
 
 PREFIX = "kvpress:"
@@ -100,7 +100,7 @@ class Press:
         Raises:
             StrategyError: it is not one, or a press that cannot be run; the message says why and what works.
         """
-        given: list[Any] = list(_Names(text.removeprefix(PREFIX).strip()).stages())
+        given = list(parse_calls(text.removeprefix(PREFIX).strip()))
         parts, budget = [], None
         for i, (name, args) in enumerate(given):
             _check_name(name, SCORERS | {"full": ""} if i == 0 else WRAPPERS, i == 0)
@@ -134,16 +134,6 @@ class Press:
             pairs = [f"{k}={_text(v)}" for k, v in (budget | dict(args)).items()]
             shown.append(f"{name}({', '.join(pairs)})" if pairs else name)
         return f"{PREFIX} {' | '.join(shown)}"
-
-
-class _Names(_Parser):
-    """The grammar of strategies, over names that are not kvmlx's."""
-
-    def _stage(self) -> Iterator[Any]:
-        kind, name, at = self._next()
-        if kind != "word":
-            raise self._error(f"expected the name of a press, got {name!r}", at)
-        yield name, self._arguments() if self._accept("(") else {}
 
 
 def _text(value: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvmlx.bench import baselines
 from kvmlx.bench.baselines import Baseline
-from kvmlx.explain import FP16_BYTES, LayerShape, _Plan, _shapes_of_info, layer_shapes
+from kvmlx.explain import FP16_BYTES, LayerShape, Plan, layer_shapes, shapes_of_info
 from kvmlx.store import SPAN_STEP
 from kvmlx.strategy import Strategy
 from kvmlx.types import KVMLXError, ModelInfo
@@ -160,13 +160,13 @@ def _baseline_ratio(baseline: Baseline, tokens: int) -> float:
 
 
 def _shapes(model: Model) -> list[LayerShape]:
-    shapes = _shapes_of_info(model) if isinstance(model, ModelInfo) else layer_shapes(model)
+    shapes = shapes_of_info(model) if isinstance(model, ModelInfo) else layer_shapes(model)
     return [shape for shape in shapes if shape.kind == "full"]
 
 
 def _ratio(strategy: Strategy, tokens: int, shapes: list[LayerShape]) -> tuple[float, float]:
     """Return what is expected to be held as a share of a full 16-bit cache, and its standard deviation."""
-    plan = _Plan(strategy, len(shapes), FP16_BYTES)
+    plan = Plan(strategy, len(shapes), FP16_BYTES)
     nbytes, variance = 0.0, 0.0
     for (shape, rows), count in Counter(zip(shapes, plan.kept(tokens), strict=True)).items():
         if strategy.ragged and rows < tokens:
@@ -179,7 +179,7 @@ def _ratio(strategy: Strategy, tokens: int, shapes: list[LayerShape]) -> tuple[f
     return nbytes / full, variance**0.5 / full
 
 
-def _ragged_bytes(plan: _Plan, shape: LayerShape, tokens: int, rows: int) -> tuple[float, float]:
+def _ragged_bytes(plan: Plan, shape: LayerShape, tokens: int, rows: int) -> tuple[float, float]:
     """Return the bytes expected of a layer whose heads keep unequal shares, and their standard deviation.
 
     Over random shares of the right sum: each head's room is rounded up by itself, and the tail has room for the head
