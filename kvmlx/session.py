@@ -78,6 +78,25 @@ class Report:
         )
 
 
+def check_layers(strategy: Strategy, model: ModelInfo, numbers: Sequence[int]) -> None:
+    """Raise unless the strategy's stages can serve these layers; ``numbers`` are those that the model gives them.
+
+    Raises:
+        StrategyError: a codec cannot store rows of so many channels.
+        UnsupportedModelError: a selector needs what a layer has not.
+    """
+    for layer in model.layers:
+        for codec, dim in zip(strategy.codecs(), (layer.key_dim, layer.value_dim), strict=True):
+            if codec is not None and dim:
+                codec.check(dim)
+    bare = [str(i) for i, layer in zip(numbers, model.layers, strict=True) if layer.rotary is None]
+    if "query_moments" in strategy.needs and bare:
+        raise UnsupportedModelError(
+            f"{model.model_type} cannot be served with {str(strategy)!r}: it needs plain rotary position "
+            f"embeddings, which layers {', '.join(bare)} have not; use snapkv, h2o or keydiff"
+        )
+
+
 class LayerCache:
     """The compressed cache of one attention layer for B sequences."""
 

@@ -12,9 +12,9 @@ import pytest
 
 from kvmlx.bench import runner as module
 from kvmlx.bench.config import Config
-from kvmlx.bench.records import FULL, Costs, Fidelity, ResultsFile, Score, Skip, read
+from kvmlx.bench.records import FULL, Costs, Fidelity, ResultsFile, Score, Skip, Subject, read
 from kvmlx.bench.runner import Runner, drift, entries
-from kvmlx.bench.types import Cost, Question, Sample
+from kvmlx.bench.types import Cost, Prompt, Question, Sample
 from kvmlx.types import KVMLXError, StrategyError
 
 RUN = {"settings": {}, "machine": {}, "started": "", "command": ""}
@@ -263,6 +263,64 @@ def test_progress_ends_at_its_total(tmp_path: Path) -> None:
     done = [n for _, n, _ in steps]
     assert done == sorted(done) and steps[-1][1] == steps[-1][2] == steps[0][2]
     assert steps[-2][1] == steps[-1][2] - 1, "the last piece of work is the last one counted"
+
+
+class Presses:
+    """kvpress without a process: answers like the engine, and refuses one press on one question."""
+
+    def __init__(self) -> None:
+        self.tokenizer = Words()
+
+    def subject(self, family: str, target: float | None, length: int) -> Subject:
+        if target == 64:
+            raise KVMLXError("kvpress masks rows")
+        return Subject(f"{family}(budget=0.25)", family, target, 0.25)
+
+    def answers(self, method: str, prompts: Sequence[Prompt], most: Sequence[int]) -> Iterator[list[int]]:
+        for prompt in prompts:
+            if "tova" in method:
+                raise KVMLXError("tova asserts something")
+            yield [prompt.context[-1]]
+
+    def fidelity(self, method: str, prefix: Any, fed: Any, scored: Any) -> Any:
+        if "tova" in method:
+            raise KVMLXError("tova asserts something")
+        return ((0.5,) * len(scored), (False,) * len(scored), (1.0,) * len(scored), (1.0,) * len(scored))
+
+    def cost(self, tokens: Sequence[int], method: str, *, batch: int, steps: int, repeats: int) -> Cost:
+        return Cost(1, 1, 4, None, (0.5,) * repeats, (0.1,) * steps)
+
+
+def test_presses_take_part_and_what_they_refuse_is_written_down(tmp_path: Path) -> None:
+    presses = ("kvpress: snapkv", "kvpress: tova")
+    config = CONFIG.but({"kvpress": "python", "presses": presses, "match_bytes": [4, 64], "strategies": ["small"]})
+    run(tmp_path / "r.jsonl", config, presses=Presses())
+    results = read(tmp_path / "r.jsonl")
+    own = {r.subject.family for r in results.of(Score)}
+    assert "kvpress: snapkv" in own and "kvpress: tova" not in own
+    assert all(s.score == 1.0 for s in results.of(Score) if s.subject.family == "kvpress: snapkv")
+    assert [f.kl for f in results.of(Fidelity) if f.subject.family == "kvpress: snapkv"] == [(0.5,) * 4]
+    reasons = {(s.subject.family, s.what): s.reason for s in results.of(Skip)}
+    assert reasons["kvpress: snapkv", "all"] == "kvpress masks rows"
+    assert reasons["kvpress: tova", "score agnostic easy"] == reasons["kvpress: tova", "fidelity"]
+    assert "--backend torch" in reasons["kvpress: snapkv", "cost"], "the engine is not PyTorch's"
+    before = results.records
+    run(tmp_path / "r.jsonl", config, presses=Presses())
+    assert read(tmp_path / "r.jsonl").records == before
+
+
+def test_costs_of_presses_beside_an_engine_of_the_same_framework(tmp_path: Path) -> None:
+    engine = Engine()
+    engine.name = "torch"
+    config = CONFIG.but({"kvpress": "python", "presses": ["kvpress: snapkv"], "measures": ["costs"]})
+    run(tmp_path / "r.jsonl", config, engine, presses=Presses())
+    assert [c.full_nbytes for c in read(tmp_path / "r.jsonl").of(Costs) if "kvpress" in c.subject.family] == [4]
+
+
+def test_presses_without_kvpress_are_written_down(tmp_path: Path) -> None:
+    config = CONFIG.but({"kvpress": "python", "presses": ["kvpress: snapkv"], "measures": ["scores"]})
+    run(tmp_path / "r.jsonl", config)
+    assert any("--kvpress PYTHON" in s.reason for s in read(tmp_path / "r.jsonl").of(Skip))
 
 
 def test_families_are_run_at_every_target_and_budget_others_once() -> None:

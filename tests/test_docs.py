@@ -185,17 +185,6 @@ def test_bytes_per_row() -> None:
 # -- quoted results -------------------------------------------------------------------------------------------
 
 Block = Callable[[], str]
-HIDDEN_COLUMNS = {"held MiB (allocator)", "format MiB", "KL mean, by text", "KL max", "range"}
-"""Left to docs/results/README.md."""
-MEMORY_ROWS = (
-    "full",
-    "int8",
-    "int4",
-    *PRESETS,
-    "snapkv(budget=0.25)",
-    "snapkv(budget=0.25) | adakv",
-    "snapkv(budget=0.25) | small",
-)
 
 
 def result(part: str) -> dict[str, Any] | None:
@@ -223,13 +212,6 @@ def lines_of(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(text) + "\n"
 
 
-def machine(found: dict[str, Any]) -> str:
-    """Return hardware and versions."""
-    said = dict(found["machine"])
-    cpu, device = said.pop("cpu"), said.pop("device")
-    return f"{cpu}; MLX on {device}; " + ", ".join(f"{name} {version}" for name, version in said.items())
-
-
 def settings(found: dict[str, Any]) -> str:
     said = {k: v for k, v in found["settings"].items() if isinstance(v, str | int) and k != "full_bytes"}
     return "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in said.items())
@@ -252,28 +234,47 @@ def render_presets(*, pages: str = "docs/results/README.md") -> str:
     return lines_of(header + columns, rows) + note
 
 
-def render_measured() -> str:
-    wanted: dict[str, Callable[[str], bool]] = {
-        "memory": lambda name: name in MEMORY_ROWS,
-        "quality": lambda name: name not in PRESETS,
-    }
-    parts = {part: found for part in rendered() if part != "needles" and (found := result(part)) is not None}
-    if not parts:
-        return ""
-    machines = list(dict.fromkeys(machine(found) for found in parts.values()))
-    out = []
-    for part, found in parts.items():
-        columns = [column for column in rendered()[part] if column not in HIDDEN_COLUMNS]
-        picked = [row for row in found["rows"] if wanted.get(part, lambda name: True)(row["strategy"])]
-        rows = [[f"`{row['strategy']}`".replace("|", "\\|"), *cells(part, row, columns)] for row in picked]
-        where = f"; machine {machines.index(machine(found)) + 1}" if len(machines) > 1 else ""
-        out.append(f"{part.capitalize()} ({settings(found)}{where}):\n\n" + lines_of(["strategy", *columns], rows))
-    said = [f"{i}: {m}" if len(machines) > 1 else m for i, m in enumerate(machines, 1)]
+def render_compared() -> str:
+    """Return a row for each family of the committed comparison, a column for each compression."""
+    from kvmlx.bench.records import read as read_results
+    from kvmlx.bench.summary import summarize
+
+    results = read_results(RESULTS / "bench-demo.jsonl")
+    summary = summarize(results)
+    rows = {r.name: r for r in summary.pooled if r.mode == "agnostic" and r.complete and r.score is not None}
+    drifts = {d.name: d for d in summary.drifts}
+    targets = sorted({n.target for n in rows if n.target is not None})
+    lines = []
+    for family in dict.fromkeys(n.family for n in rows):
+        own = {n.target: rows[n] for n in rows if n.family == family}
+        alone = own.get(None)
+        shown = [_score(own.get(t)) for t in targets]
+        if alone is not None:
+            shown = [_score(alone) if alone.ratio <= 1 / t else "" for t in targets]
+        kept = "" if alone is None else f"{alone.ratio:.2f}"
+        drift = [drifts.get(n) for n in rows if n.family == family and n.target in (None, 4.0)]
+        kl = next((f"{d.kl.value:.4f}" for d in drift if d is not None and not d.name.full), "")
+        lines.append([f"`{family}`".replace("|", "\\|"), kept, *shown, kl])
+    scores = [r.score for r in rows.values() if r.score is not None]
+    tasks = ", ".join(f"`{t.task}`" for t in next(iter(rows.values())).tasks if t.informative)
+    machine = results.runs[-1]["machine"]
+    said = ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("cpu", "backend", "device"))
     head = (
-        "## Measured\n\nBy `scripts/measure.py`; more rows and spreads are in [docs/results](docs/results/README.md).\n"
-        f"Machine: {'. '.join(said)}.\n"
+        f"SmolLM2-135M-Instruct in float32, {max(s.samples for s in scores)} contexts of 1,024 tokens with "
+        f"{max(s.questions for s in scores)} questions ({tasks}), compressed before the question is known. Scores with "
+        "95% intervals; ▼ marks what is worse than the full cache by its paired interval. "
+        f"{machine['cpu']}, {said}."
     )
-    return "\n".join([head, *out])
+    header = ["method", "kept", *(f"{t:g}x" for t in targets), "KL at 4x"]
+    return head + "\n\n" + lines_of(header, lines)
+
+
+def _score(row: Any) -> str:
+    if row is None:
+        return ""
+    low, high = row.score.low, row.score.high
+    mark = {"worse": " ▼", "better": " ▲"}.get(row.verdict, "")
+    return f"{row.score.value:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})") + mark
 
 
 def render_counted() -> str:
@@ -300,7 +301,7 @@ def render_gpu() -> str:
 
 BLOCKS: dict[tuple[Path, str], Block] = {
     (README, "presets"): render_presets,
-    (README, "measured"): render_measured,
+    (README, "compared"): render_compared,
     (METHODS, "presets"): lambda: render_presets(pages="results/README.md"),
     (METAL, "counted"): render_counted,
     (CUDA, "compiled"): render_compiled,

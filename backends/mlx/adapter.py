@@ -15,7 +15,7 @@ from mlx_lm.models import cache as stock
 from kvmlx.backends.mlx import choose
 from kvmlx.backends.mlx.models import describe, refusal
 from kvmlx.backends.rows import RefusingRows
-from kvmlx.session import LayerCache, Report, Session
+from kvmlx.session import LayerCache, Report, Session, check_layers
 from kvmlx.session import report as session_report
 from kvmlx.stages.base import Stage
 from kvmlx.state import from_state, to_state
@@ -262,16 +262,7 @@ def make_prompt_cache(model: Any, strategy: str | Stage | Strategy, *, inspect: 
         if i not in managed or type(part) is not stock.KVCache
     )
     info = describe(model, managed, len(entries))
-    for layer in info.layers:
-        for codec, dim in zip(strategy.codecs(), (layer.key_dim, layer.value_dim), strict=True):
-            if codec is not None and dim:
-                codec.check(dim)
-    bare = [str(i) for i, layer in zip(managed, info.layers, strict=True) if layer.rotary is None]
-    if "query_moments" in strategy.needs and bare:
-        raise UnsupportedModelError(
-            f"{model_type(model)} cannot be served with {str(strategy)!r}: it needs plain rotary position "
-            f"embeddings, which layers {', '.join(bare)} have not; use snapkv, h2o or keydiff"
-        )
+    check_layers(strategy, info, managed)
     session = Session(strategy, info, len(managed), unmanaged, inspect)
     for number, (_, owner, at) in enumerate(slots):
         owner[at] = KVMLXCache(LayerCache(backend, session, number))

@@ -23,7 +23,7 @@ from kvmlx.backends.torch.cache import CompressedRows, KVMLXCache, KVMLXLayer, f
 from kvmlx.backends.torch.hybrid import KVMLXHybridLayer
 from kvmlx.backends.torch.interface import install, switch
 from kvmlx.backends.torch.models import attention_of, describe, refusal, text_config
-from kvmlx.session import LayerCache, Report, Session
+from kvmlx.session import LayerCache, Report, Session, check_layers
 from kvmlx.session import report as session_report
 from kvmlx.stages.base import Stage
 from kvmlx.strategy import Strategy
@@ -64,16 +64,7 @@ def make_prompt_cache(model: Any, strategy: str | Stage | Strategy, *, inspect: 
     if reason and not strategy.identity:
         raise UnsupportedModelError(f"{kind} cannot be served with {str(strategy)!r}: {reason}; 'full' works")
     info = describe(model, managed)
-    for layer in info.layers:
-        for codec, dim in zip(strategy.codecs(), (layer.key_dim, layer.value_dim), strict=True):
-            if codec is not None and dim:
-                codec.check(dim)
-    bare = [str(i) for i, layer in zip(managed, info.layers, strict=True) if layer.rotary is None]
-    if "query_moments" in strategy.needs and bare:
-        raise UnsupportedModelError(
-            f"{kind} cannot be served with {str(strategy)!r}: it needs plain rotary position embeddings, which layers "
-            f"{', '.join(bare)} have not; use snapkv, h2o or keydiff"
-        )
+    check_layers(strategy, info, managed)
     rest = {i: LinearAttentionLayer if i in hybrid else type(layer) for i, layer in enumerate(layers)}
     unmanaged = tuple(f"layer {i}: {rest[i].__name__}" for i in rest if i not in managed or i in hybrid)
     session = Session(strategy, info, len(managed), unmanaged, inspect)
