@@ -115,6 +115,7 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
         ("samples = 'many'", "samples must be an int, got 'many'"),
         ("samples = true", "samples must be an int, got True"),
         ("samples = 0", "samples must be at least 1, got 0"),
+        ("max_tokens = 0", "max_tokens must be at least 1, got 0"),
         ("everything = 1", "everything must be a bool, got 1"),
         ("match_bytes = [0.5]", "compressions above 1"),
         ("modes = ['blind']", "modes must be of agnostic, aware, got 'blind'"),

@@ -66,8 +66,8 @@ class Config:
     chunk: int = 512
     """Prompt tokens processed at a time."""
     seed: int = 0
-    max_tokens: int | None = None
-    """Most tokens of an answer; None: what each task allows."""
+    max_tokens: int = 32
+    """Most tokens of an answer, where its task allows as many; with 128 all have RULER's own limits."""
     everything: bool = False
     """Run every method on tasks on which the full cache fails too."""
     kvpress: str | None = None
@@ -89,7 +89,7 @@ class Config:
             _check_items(name, getattr(self, name))
         _check_known("modes", self.modes, MODES)
         _check_known("measures", self.measures, MEASURES)
-        for name in ("samples", "fidelity_texts", "fidelity_tokens", "steps", "repeats", "chunk"):
+        for name in ("samples", "fidelity_texts", "fidelity_tokens", "steps", "repeats", "chunk", "max_tokens"):
             _check_least(name, getattr(self, name), 1)
         for length in self.lengths:
             _check_least("lengths", length, 128)
@@ -123,7 +123,7 @@ QUICK: dict[str, Any] = {
     "fidelity_tokens": 16,
     "steps": 8,
     "repeats": 1,
-    "max_tokens": 24,
+    "max_tokens": 16,
 }
 """What `--quick` runs."""
 

@@ -228,7 +228,7 @@ class Runner:
         return each()
 
     def _most(self, question: Question) -> int:
-        return min(question.max_tokens, self.config.max_tokens or question.max_tokens)
+        return min(question.max_tokens, self.config.max_tokens)
 
     # -- fidelity -------------------------------------------------------------------------------------------------
 
