@@ -248,13 +248,11 @@ def render_compared() -> str:
     for family in dict.fromkeys(n.family for n in rows):
         own = {n.target: rows[n] for n in rows if n.family == family}
         alone = own.get(None)
-        shown = [_score(own.get(t)) for t in targets]
-        if alone is not None:
-            shown = [_score(alone) if alone.ratio <= 1 / t else "" for t in targets]
         kept = "" if alone is None else f"{alone.ratio:.2f}"
+        shown = [kept, *(_score(own.get(t)) for t in (None, *targets))]
         drift = [drifts.get(n) for n in rows if n.family == family and n.target in (None, 4.0)]
         kl = next((f"{d.kl.value:.4f}" for d in drift if d is not None and not d.name.full), "")
-        lines.append([f"`{family}`".replace("|", "\\|"), kept, *shown, kl])
+        lines.append([f"`{family}`".replace("|", "\\|"), *shown, kl])
     scores = [r.score for r in rows.values() if r.score is not None]
     tasks = ", ".join(f"`{t.task}`" for t in next(iter(rows.values())).tasks if t.informative)
     machine = results.runs[-1]["machine"]
@@ -262,10 +260,11 @@ def render_compared() -> str:
     head = (
         f"SmolLM2-135M-Instruct in float32, {max(s.samples for s in scores)} contexts of 1,024 tokens with "
         f"{max(s.questions for s in scores)} questions ({tasks}), compressed before the question is known. Scores with "
-        "95% intervals; ▼ marks what is worse than the full cache by its paired interval. "
+        "95% intervals; ▼ marks what is worse than the full cache by its paired interval; KL is that of the column 4x, "
+        "or of the method as it is. "
         f"{machine['cpu']}, {said}."
     )
-    header = ["method", "kept", *(f"{t:g}x" for t in targets), "KL at 4x"]
+    header = ["method", "keeps", "as it is", *(f"{t:g}x" for t in targets), "KL"]
     return head + "\n\n" + lines_of(header, lines)
 
 

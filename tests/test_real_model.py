@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvmlx.bench.tasks.haystack import prose
 from kvmlx.demo_model import demo_model_path, is_intact
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -47,7 +48,7 @@ def test_presets_keep_the_distribution(measure: Any, model: tuple[Any, Any]) -> 
     import kvmlx
 
     net, tokenizer = model
-    ids = np.array(tokenizer.encode(measure.PROSE.read_text(encoding="utf-8"))[4000 : 4000 + 576])
+    ids = np.array(tokenizer.encode(prose())[4000 : 4000 + 576])
     full = list(measure.logprobs(net, stock_cache(net), ids, 512))
     limits = {"balanced": 0.002, "small": 0.008, "smaller": 0.04, "tiny": 0.15}
     means = {}
