@@ -254,7 +254,7 @@ bench = typer.Typer(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
-    epilog="A list is made by giving a flag repeatedly. By default the demo model runs, for half an hour on two cores.",
+    epilog="A list is made by giving a flag repeatedly.",
 )
 app.add_typer(bench, name="bench")
 
