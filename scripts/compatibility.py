@@ -200,7 +200,7 @@ def _rich(side: Side, results: Sequence[Result]) -> Table:
 def run(side: Side, only: Sequence[str], *, as_json: bool, console: Console) -> bool:
     """Run a side's architectures, print what was found and keep it if all were run; return whether none failed."""
     known = [name for name in side.architectures if not only or name in only]
-    results = [examine(side, name) for name in track(known, f"Running {side.library}", console=console)]
+    results = [examine(side, name) for name in track(known, f"Running {side.framework}", console=console)]
     if as_json:
         print(json.dumps([asdict(r) for r in results], indent=2))
     elif results:

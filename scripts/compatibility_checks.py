@@ -35,7 +35,7 @@ class Side(Protocol):
 
     name: str
     """Of the backend."""
-    library: str
+    framework: str
     packages: tuple[str, ...]
     """Whose versions the results hang on."""
     architectures: Mapping[str, Config]
@@ -157,7 +157,7 @@ def _examine(side: Side, result: Result, model: Any) -> None:
         result.check(refused is not None, f"full is refused, int8 is not: {error}")
         return
     stock = side.decode(model, side.stock_cache(model), tokens, greedy)
-    result.check(np.array_equal(stock, wanted), f"{side.library}'s own cache gives other logits than before")
+    result.check(np.array_equal(stock, wanted), f"{side.framework}'s own cache gives other logits than before")
     result.identity = _identity(side.decode(model, exact, tokens), wanted)
     result.check(result.identity != "no", "full is not the identity")
     if refused is not None:
@@ -270,12 +270,12 @@ def _check_batch(side: Side, result: Result, model: Any, int8_change: float) -> 
         try:
             stock = batch_change(side, model, lengths, None)
         except Exception as error:
-            result.batch = f"not in {side.library} ({type(error).__name__})"
+            result.batch = f"not in {side.framework} ({type(error).__name__})"
             return
         if stock < SAME_LOGPROB:
             break
     else:
-        result.batch = f"differs in {side.library} too"
+        result.batch = f"differs in {side.framework} too"
         return
     for strategy in ("full", INT8, STREAMING):
         change = batch_change(side, model, lengths, strategy)

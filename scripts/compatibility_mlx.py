@@ -509,7 +509,7 @@ class MLXSide(Side):
     """mlx-lm's models through kvmlx's adapter to it."""
 
     name = "mlx"
-    library = "mlx-lm"
+    framework = "mlx-lm"
     packages = ("mlx", "mlx-lm")
     architectures = ARCHITECTURES
     common = COMMON

@@ -336,7 +336,7 @@ class TorchSide(Side):
     """transformers' models through kvmlx's adapter to it."""
 
     name = "torch"
-    library = "transformers"
+    framework = "transformers"
     packages = ("torch", "transformers")
     architectures = ARCHITECTURES
     common = COMMON
