@@ -371,6 +371,11 @@ class LayerCache:
             self.queries, self.n_queries = None, np.zeros(self.batch, np.int64)
             self.moments = None
 
+    def count_as_decoded(self, n: int) -> None:
+        """Take the last forward's ``n`` tokens for decoded ones: no prompt was opened that a selector would end."""
+        self.prefilling = np.zeros(self.batch, bool)
+        self.since_selection = self.since_selection + n
+
     def _decodes(self) -> bool:
         """Whether every sequence decodes and nothing is due, as in most steps of decoding."""
         if self.strategy.every is not None or self.prefilling.any():

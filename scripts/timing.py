@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from kvmlx.bench import statistics
 
 
 def quartiles(x: Sequence[float]) -> tuple[float, float]:
     """Return the first and third quartile, within the range of ``x``."""
-    if len(x) < 2:
-        return x[0], x[0]
-    low, _, high = statistics.quantiles(x, n=4, method="inclusive")
+    low, _, high = statistics.quartiles(x)
     return low, high
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
     """Return median, quartiles and number of samples, in milliseconds."""
-    low, high = quartiles(seconds)
+    low, median, high = statistics.quartiles(seconds)
     return {
-        "ms": statistics.median(seconds) * 1e3,
+        "ms": median * 1e3,
         "quartiles_ms": [low * 1e3, high * 1e3],
         "samples": len(seconds),
     }

@@ -125,6 +125,6 @@ def _costs(who: Subject, rng: np.random.Generator) -> list[Record]:
             ttft = length / 900 * batch * (1.05 - 0.05 * who.ratio) * rng.normal(1, 0.02, 3)
             held, peak = int(nbytes * 1.01), nbytes + 30_000_000
             out.append(
-                Costs(who, length, batch, nbytes, held, full_nbytes, peak, tuple(ttft), tuple(float(s) for s in step))
+                Costs(nbytes, held, full_nbytes, peak, tuple(ttft), tuple(float(s) for s in step), who, length, batch)
             )
     return out

@@ -17,7 +17,7 @@ SUBJECT = Subject("snapkv(budget=256) | small", "snapkv | small", 4.0, 0.2481)
 RECORDS: list[Record] = [
     Score(SUBJECT, "agnostic", "vt", 1024, 3, 1, None, 0.5, 'said "A", ü\n', ("A", "B")),
     Fidelity(SUBJECT, 1024, 0, (0.0, 0.25), (False, True), (1.5, 2.5), (1.0, 2.0)),
-    Costs(SUBJECT, 1024, 2, 100, None, 400, None, (0.5,), (0.1, 0.2)),
+    Costs(100, None, 400, None, (0.5,), (0.1, 0.2), SUBJECT, 1024, 2),
     Skip(SUBJECT, "all", None, "needs more bytes"),
 ]
 

@@ -52,7 +52,6 @@ class Engine:
     """Answers with the last word of the context; notes all that it is asked to do."""
 
     name, device, dtype = "fake", "none", "float32"
-    baselines = ()
 
     def __init__(self) -> None:
         self.tokenizer = Words()

@@ -25,7 +25,6 @@ class MLXBench(BenchEngine):
 
     name = "mlx"
     framework = MLX_LM
-    baselines = ("mlx-lm: affine(bits=4)", "mlx-lm: affine(bits=8)", "mlx-lm: rotating(size=512)")
 
     # -- caches ---------------------------------------------------------------------------------------------------
 

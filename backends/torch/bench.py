@@ -41,11 +41,6 @@ class TorchBench(BenchEngine):
 
     name = "torch"
     framework = TRANSFORMERS
-    baselines = (
-        "transformers: quantized(bits=4, backend=quanto)",
-        "transformers: quantized(bits=4, backend=hqq)",
-        "transformers: quantized(bits=8, backend=fp8)",
-    )
 
     # -- caches ---------------------------------------------------------------------------------------------------
 

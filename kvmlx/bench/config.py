@@ -171,7 +171,7 @@ def _value(name: str, value: Any) -> Any:
 def _checked(name: str, value: Any, kind: str) -> Any:
     kinds = [k.strip() for k in kind.split("|")]
     allowed = tuple(t for k in kinds for t in _TYPES[k])
-    if isinstance(value, bool) != (bool in allowed and isinstance(value, bool)) or not isinstance(value, allowed):
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         wanted = " or ".join(("an " if k == "int" else "a ") + k for k in kinds if k != "None")
         raise KVMLXError(f"{name} must be {wanted}, got {value!r}")
     return float(value) if kinds == ["float"] else value

@@ -28,6 +28,7 @@ class Contexts:
         self.engine, self.task, self.length, self.mode, self.seed = engine, task, length, mode, seed
         self.at_end = [FULL, *(m for m in methods if m != FULL and engine.acts_at_end(m))]
         self._samples: dict[int, Sample] = {}
+        self._prompts: dict[tuple[int, int], Prompt] = {}
         self._recorded: dict[tuple[int, int], State] = {}
         self._held_bytes = 0
 
@@ -39,12 +40,13 @@ class Contexts:
 
     def prompt(self, index: int, question: int) -> Prompt:
         """Return what methods compress, and what follows it."""
-        sample = self.sample(index)
-        prompt = prompt_of(sample, sample.questions[question], self.engine.tokenizer)
-        if self.mode == "agnostic":
-            return prompt
-        whole = (*prompt.context, *prompt.question)
-        return Prompt(whole[:-1], whole[-1:])
+        at = (index, question)
+        if at not in self._prompts:
+            sample = self.sample(index)
+            prompt = prompt_of(sample, sample.questions[question], self.engine.tokenizer)
+            whole = (*prompt.context, *prompt.question)
+            self._prompts[at] = prompt if self.mode == "agnostic" else Prompt(whole[:-1], whole[-1:])
+        return self._prompts[at]
 
     def compressed(self, index: int, question: int, method: str) -> State:
         """Return a method's caches of what it compresses."""

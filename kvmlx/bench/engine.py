@@ -82,7 +82,6 @@ class BenchEngine(ABC):
     name: ClassVar[str]
     framework: ClassVar[str]
     """Whose baselines it runs."""
-    baselines: tuple[str, ...] = ()
 
     def __init__(
         self, model: Any, tokenizer: Any, device: str, dtype: str, chunk: int = CHUNK, *, inspect: bool = False
@@ -286,10 +285,8 @@ class BenchEngine(ABC):
             raise KVMLXError("a question has at least one token")
         logits = self._feed(caches, np.array([tokens], np.int32))
         if len(tokens) > 1:
-            # Several tokens at once open a prompt again; a question is none: what acts while decoding counts it.
             for layer in self._layers(caches):
-                layer.prefilling = np.zeros(layer.batch, bool)
-                layer.since_selection = layer.since_selection + len(tokens)
+                layer.count_as_decoded(len(tokens))
         return logits
 
     def forced(self, state: Filled, tokens: Sequence[int]) -> Iterator[np.ndarray]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from kvmlx.bench.types import Cost
 from kvmlx.types import KVMLXError
 
 FORMAT_VERSION = 1
@@ -80,19 +81,13 @@ class Fidelity:
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
-    """Bytes and times of one method at one length and batch size, as `types.Cost` has them."""
+class Costs(Cost):
+    """Bytes and times of one method at one length and batch size."""
 
     kind: ClassVar[str] = "cost"
     subject: Subject
     length: int
     batch: int
-    nbytes: int
-    held_bytes: int | None
-    full_nbytes: int
-    peak_bytes: int | None
-    ttft_s: tuple[float, ...]
-    step_s: tuple[float, ...]
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -235,11 +230,3 @@ def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _record(cls: type[Any], document: dict[str, Any]) -> Any:
     subject = Subject(**document.pop("subject"))
     return cls(subject=subject, **{k: tuple(v) if isinstance(v, list) else v for k, v in document.items()})
-
-
-def median_and_quartiles(numbers: Iterable[float]) -> tuple[float, float, float]:
-    """Return the first quartile, the median and the third, within the range of the numbers."""
-    import numpy as np
-
-    low, middle, high = np.quantile(list(numbers), [0.25, 0.5, 0.75])
-    return float(low), float(middle), float(high)

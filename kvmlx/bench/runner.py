@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,33 +80,28 @@ class Runner:
         self.config, self.engine, self.model_config = config, engine, model_config
         self.file, self.presses, self.on_step = file, presses, on_step
         self.tasks = tasks_of(config.tasks, text=config.text, questions=config.questions)
-        self.subjects: list[Subject] = []
-        self.done = 0
-        n = 1 + len(entries(config))
+        self.subjects = {length: self._take_part(length) for length in config.lengths}
+        """Who takes part, by length."""
         samples = sum(self._samples(task) for task in self.tasks)
         scores = len(config.modes) * samples * ("scores" in config.measures)
         texts = config.fidelity_texts * ("fidelity" in config.measures)
         costs = len(config.batches) * ("costs" in config.measures)
-        self.total = n * len(config.lengths) * (scores + texts + costs)
+        self.done = 0
+        self.total = sum(1 + len(subjects) for subjects in self.subjects.values()) * (scores + texts + costs)
 
     def run(self) -> None:
         """Do all that is not in the file yet."""
         config = self.config
         for length in config.lengths:
-            self.subjects = self._take_part(length)
-            out = len(entries(config)) - len(self.subjects)
             if "scores" in config.measures:
                 for mode in config.modes:
                     for task in self.tasks:
-                        self.done += out * self._samples(task)
                         self._scores(task, length, mode)
             if "fidelity" in config.measures:
                 for text in range(config.fidelity_texts):
-                    self.done += out
                     self._fidelity(length, text)
             if "costs" in config.measures:
                 for batch in config.batches:
-                    self.done += out
                     self._costs(length, batch)
         self.on_step("done", self.total, self.total)
 
@@ -156,7 +152,8 @@ class Runner:
     def _scores(self, task: Task, length: int, mode: Any) -> None:
         """Ask everything of one task: the full cache first, which tells whether the others are worth asking."""
         config = self.config
-        ours = [s.method for s in self.subjects if not Kvpress.owns(s.method)]
+        subjects = self.subjects[length]
+        ours = [s.method for s in subjects if not Kvpress.owns(s.method)]
         contexts = Contexts(self.engine, task, length, mode, config.seed, ours)
         samples = range(self._samples(task))
         try:
@@ -164,7 +161,7 @@ class Runner:
                 contexts.sample(index)
         except KVMLXError as error:
             self._skip(Skip(FULL_SUBJECT, f"score {mode} {task.name}", length, str(error)))
-            self.done += len(samples) * (1 + len(self.subjects))
+            self.done += len(samples) * (1 + len(subjects))
             return
         for index in samples:
             self._step(f"{task.name} {length} {mode}: {FULL}")
@@ -176,10 +173,10 @@ class Runner:
         if np.mean(mine) < INFORMATIVE and not config.everything:
             reason = f"the full cache scores {np.mean(mine):.2f}, below {INFORMATIVE}: not informative on this model"
             self._skip(Skip(FULL_SUBJECT, f"score {mode} {task.name}", length, reason))
-            self.done += len(samples) * len(self.subjects)
+            self.done += len(samples) * len(subjects)
             return
         for index in samples:
-            for subject in self.subjects:
+            for subject in subjects:
                 self._step(f"{task.name} {length} {mode}: {subject.method}")
                 self._ask(contexts, index, subject)
             contexts.forget(index)
@@ -234,9 +231,9 @@ class Runner:
 
     def _fidelity(self, length: int, text: int) -> None:
         """Feed a text's next tokens through every method's cache of its beginning."""
-        missing = [s for s in self.subjects if self._missing(Fidelity, s, length, text)]
+        missing = [s for s in self.subjects[length] if self._missing(Fidelity, s, length, text)]
         self._step(f"fidelity {length}: {FULL}")
-        self.done += len(self.subjects) - len(missing)
+        self.done += len(self.subjects[length]) - len(missing)
         if not missing:
             return
         tokens = self._prose(length + self.config.fidelity_tokens, text)
@@ -254,9 +251,10 @@ class Runner:
                     self._skip(Skip(subject, "fidelity", length, str(error)))
                     continue
             else:
-                numbers = drift(full, self._forced(recorded, subject.method, at_end, prefix, fed), scored)
-                if not any(numbers[0]) and subject.ratio < 1:
+                other = self._forced(recorded, subject.method, at_end, prefix, fed)
+                if np.array_equal(full, other) and subject.ratio < 1:
                     raise KVMLXError(f"{subject.method} changed nothing at all: its cache was not used, which is a bug")
+                numbers = drift(full, other, scored)
             self.file.add(Fidelity(subject, length, text, *numbers))
 
     def _forced(
@@ -268,21 +266,25 @@ class Runner:
 
     def _prose(self, n: int, text: int) -> list[int]:
         """Return n tokens of prose; texts 0, 1, ... lie one after the other."""
-        paragraphs = prose().split("\n\n")
-        encode = self.engine.tokenizer.encode
-        tokens = [t for p in paragraphs for t in encode(p.strip() + "\n\n", add_special_tokens=False)]
+        tokens = self._prose_tokens
         if (text + 1) * n > len(tokens):
             raise KVMLXError(
                 f"fidelity and costs need {text + 1} texts of {n} tokens; the prose in kvmlx has {len(tokens)}: "
                 "lower lengths, fidelity_texts or fidelity_tokens"
             )
-        return [int(t) for t in tokens[text * n : (text + 1) * n]]
+        return tokens[text * n : (text + 1) * n]
+
+    @cached_property
+    def _prose_tokens(self) -> list[int]:
+        # A paragraph at a time: tokenizers warn of texts that are longer than their model takes.
+        encode = self.engine.tokenizer.encode
+        return [int(t) for p in prose().split("\n\n") for t in encode(p.strip() + "\n\n", add_special_tokens=False)]
 
     # -- costs ----------------------------------------------------------------------------------------------------
 
     def _costs(self, length: int, batch: int) -> None:
         tokens = self._prose(length, 0)
-        for subject in (FULL_SUBJECT, *self.subjects):
+        for subject in (FULL_SUBJECT, *self.subjects[length]):
             self._step(f"costs {length}, batch {batch}: {subject.method}")
             source: Any = self.engine
             if Kvpress.owns(subject.method):
@@ -295,7 +297,7 @@ class Runner:
                 cost = source.cost(
                     tokens, subject.method, batch=batch, steps=self.config.steps, repeats=self.config.repeats
                 )
-                self.file.add(Costs(subject, length, batch, **asdict(cost)))
+                self.file.add(Costs(subject=subject, length=length, batch=batch, **asdict(cost)))
 
 
 def drift(full: np.ndarray, other: np.ndarray, scored: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
@@ -305,8 +307,8 @@ def drift(full: np.ndarray, other: np.ndarray, scored: Sequence[int]) -> tuple[t
         full, other: log-probabilities ``[tokens, vocabulary]``, float32.
         scored: the text's own next tokens.
     """
-    p, q = full.astype(np.float64), other.astype(np.float64)
-    kl = np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0)
+    p, q = (_normalized(x.astype(np.float64)) for x in (full, other))
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
     rows = np.arange(len(scored))
     return (
         tuple(kl.tolist()),
@@ -314,3 +316,8 @@ def drift(full: np.ndarray, other: np.ndarray, scored: Sequence[int]) -> tuple[t
         tuple((-q[rows, list(scored)]).tolist()),
         tuple((-p[rows, list(scored)]).tolist()),
     )
+
+
+def _normalized(x: np.ndarray) -> np.ndarray:
+    """Return log-probabilities whose sum is 1 in float64: what float32 leaves out would look like a divergence."""
+    return x - np.log(np.exp(x).sum(axis=1, keepdims=True))

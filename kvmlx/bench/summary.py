@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvmlx.bench.records import FULL, Costs, Fidelity, Results, Score, Skip, Subject, median_and_quartiles
-from kvmlx.bench.statistics import Estimate, Verdict, estimate, verdict
+from kvmlx.bench.records import FULL, Costs, Fidelity, Results, Score, Skip, Subject
+from kvmlx.bench.statistics import Estimate, Verdict, estimate, quartiles, verdict
 
 INFORMATIVE = 0.5
 """Mean score that the full cache must reach on a task at a length for the task to be averaged in."""
@@ -386,8 +386,8 @@ def _cost(record: Costs, full: Costs | None) -> Cost:
 
 
 def _ttft(record: Costs) -> Quartiles | None:
-    return median_and_quartiles(record.ttft_s) if record.ttft_s else None
+    return quartiles(record.ttft_s) if record.ttft_s else None
 
 
 def _speed(record: Costs) -> Quartiles | None:
-    return median_and_quartiles(record.batch / s for s in record.step_s) if record.step_s else None
+    return quartiles(record.batch / s for s in record.step_s) if record.step_s else None

@@ -75,7 +75,7 @@ class Cost:
 class Engine(Protocol):
     """One loaded model, driven as the benchmark does; `kvmlx.backends.mlx.bench` and `.torch.bench` have it.
 
-    A method is the text of a strategy, or one of `baselines`.
+    A method is the text of a strategy, or of a framework's own cache (`kvmlx.bench.baselines`).
     """
 
     name: str
@@ -83,8 +83,6 @@ class Engine(Protocol):
     device: str
     dtype: str
     tokenizer: Any
-    baselines: tuple[str, ...]
-    """The framework's own caches that can be run as methods, written as strategies are: ``affine(bits=4)``."""
 
     def check(self, method: str) -> None:
         """Raise StrategyError or UnsupportedModelError unless the method can be run on this model."""
