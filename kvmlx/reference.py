@@ -412,6 +412,16 @@ def keydiff_scores(keys: ArrayLike) -> Float:
     return -(unit * anchor).sum(axis=-1) / np.linalg.norm(anchor, axis=-1)
 
 
+def leverage_scores(rows: ArrayLike, *, ridge: float = 0.01) -> Float:
+    """Diagonal of the hat matrix of the centred, standardised rows, with a ridge (leverage)."""
+    x = np.asarray(rows, np.float64)
+    x = (x - x.mean(axis=2, keepdims=True)) / x.std(axis=2, keepdims=True)
+    t, d = x.shape[2:]
+    transposed = np.swapaxes(x, 2, 3)
+    hat = x @ np.linalg.solve(transposed @ x + ridge * t * np.eye(d), transposed)
+    return np.diagonal(hat, axis1=2, axis2=3).copy()
+
+
 def knorm_scores(keys: ArrayLike) -> Float:
     """Minus the norm of the key (Knorm)."""
     return -np.linalg.norm(np.asarray(keys, np.float64), axis=-1)

@@ -25,6 +25,7 @@ from kvmlx.stages.select.full import Full
 from kvmlx.stages.select.h2o import H2O
 from kvmlx.stages.select.keydiff import KeyDiff
 from kvmlx.stages.select.knorm import Knorm
+from kvmlx.stages.select.leverage import Leverage
 from kvmlx.stages.select.random import Random
 from kvmlx.stages.select.snapkv import SnapKV
 from kvmlx.stages.select.streaming import Streaming
@@ -40,6 +41,7 @@ STAGES: dict[str, type[Stage]] = {
     "snapkv": SnapKV,
     "keydiff": KeyDiff,
     "knorm": Knorm,
+    "leverage": Leverage,
     "expected_attention": ExpectedAttention,
     "uniform": Uniform,
     "pyramidkv": PyramidKV,

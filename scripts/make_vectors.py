@@ -333,11 +333,13 @@ def select_cases() -> Iterator[Case]:
     shapes = [(1, 3, 129, 64, 16), (1, 8, 65, 80, 1), (3, 1, 63, 64, 5)]
     for h, g, t, d, w in shapes:
         sinks, recent, budget = 4, 16, t // 2
-        for method in ("streaming", "h2o", "tova", "snapkv", "keydiff", "knorm", "expected_attention"):
+        for method in ("streaming", "h2o", "tova", "snapkv", "keydiff", "knorm", "leverage", "expected_attention"):
             if (method == "expected_attention" and h == 3) or (method == "streaming" and d != 80):
                 continue
             name = f"{method}-H{h}-G{g}-T{t}-D{d}"
             args: dict[str, Any] = {"budget": budget, "sinks": sinks, "recent": recent}
+            if method == "leverage":
+                args |= {"of": {64: "values", 80: "keys"}[d] if h == 1 else "both", "ridge": 0.01}
             if method == "snapkv":
                 args |= {"window": w, "kernel": 5}
             if method == "expected_attention":
@@ -389,6 +391,9 @@ def select_inputs(
             epsilon=args["epsilon"],
         )
         return tensors, params, scores
+    if method == "leverage":
+        sides = {"keys": [keys], "values": [values], "both": [keys, values]}[args["of"]]
+        return tensors, params, np.sum([ref.leverage_scores(x, ridge=args["ridge"]) for x in sides], axis=0)
     function = {"streaming": ref.streaming_scores, "keydiff": ref.keydiff_scores, "knorm": ref.knorm_scores}
     return tensors, params, function[method](keys)
 

@@ -11,6 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from kvmlx import reference as ref
+from kvmlx.checks import Case
 from kvmlx.selftest import decode, rotated
 from kvmlx.store import LayerStore
 from kvmlx.strategy import Strategy
@@ -130,6 +131,37 @@ def make(shape: Shape, seed: int = 0, backend: Any = None) -> Problem:
     sinks = normal(h * shape.group) if shape.attention_sinks else None
     queries = normal(b, h * shape.group, n, d) * 1.5
     return Problem(store, xp.astype(queries, dtype), d**-0.5, sinks, mask, shape.window)
+
+
+PLACES = [("tail", "begin"), ("tail", "bias"), ("body", "bias"), ("both", "begin")]
+"""Where the rows of a vector lie, and how rows that do not exist are told."""
+
+
+def vector_problem(case: Case, backend: Any, place: str, absent: str) -> Problem:
+    """Return an attention vector's rows in the exact tail, in an exact body, or in both; see `PLACES`.
+
+    What is not causal lies in the body.
+    """
+    params, t = case
+    n, held = t["queries"].shape[2], t["keys"].shape[2]
+    body = {"tail": 0, "body": held - n, "both": (held - n) // 2}[place] if params["causal"] else held
+    x = {k: backend.from_numpy(t[k].astype(np.float32)) for k in ("queries", "keys", "values", "sinks") if k in t}
+    store = LayerStore(backend, (None, None), columns=("bias",))
+    store.append(x["keys"], x["values"])
+    bias = t.get("bias", np.zeros(t["keys"].shape[:3])).astype(np.float32)
+    begin = np.zeros(t["keys"].shape[:2], np.int64)
+    if "valid" in t:
+        missing = t["valid"][:, None, :] == 0
+        begin[:] = missing.sum(axis=2)
+        if absent == "bias":
+            bias, begin = np.where(missing, -np.inf, bias).astype(np.float32), np.zeros_like(begin)
+    store.biased = bool(bias.any())
+    if held:
+        column = store.columns["bias"][..., None]
+        store.columns["bias"] = backend.put(column, backend.from_numpy(bias)[..., None], 0)[..., 0]
+    store.begin = begin
+    store.encode_oldest(np.maximum(np.full_like(begin, body) - begin, 0))
+    return Problem(store, x["queries"], params["scale"], x.get("sinks"), None)
 
 
 def poison(store: LayerStore) -> None:

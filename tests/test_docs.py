@@ -234,6 +234,18 @@ def render_presets(*, pages: str = "docs/results/README.md") -> str:
     return lines_of(header + columns, rows) + note
 
 
+def render_agreement() -> str:
+    found = result("memory")
+    assert found is not None
+    ratios = [row["held_bytes"] / row["nbytes"] for row in found["rows"]]
+    return (
+        "Bytes reported are those that the allocator holds, head-room included (held / reported is "
+        f"{min(ratios):.3f} to {max(ratios):.3f} for {len(ratios)} strategies),\n"
+        "and the peak of a prefill is never above that of the full cache. [docs/results](docs/results/README.md) has "
+        "memory, peak, fidelity, needles and\nspeed with machine, versions and spread.\n"
+    )
+
+
 def render_compared() -> str:
     """Return a row for each family of the committed comparison, a column for each compression."""
     from kvmlx.bench.records import read as read_results
@@ -301,6 +313,7 @@ def render_gpu() -> str:
 BLOCKS: dict[tuple[Path, str], Block] = {
     (README, "presets"): render_presets,
     (README, "compared"): render_compared,
+    (README, "agreement"): render_agreement,
     (METHODS, "presets"): lambda: render_presets(pages="results/README.md"),
     (METAL, "counted"): render_counted,
     (CUDA, "compiled"): render_compiled,

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,11 +19,23 @@ from kvmlx.backends.mlx.metal.prefill import attend_prefill
 from kvmlx.backends.mlx.ops import BACKEND
 from kvmlx.checks import Case
 from kvmlx.stages.encode.codecs import Affine, Channel
-from kvmlx.store import LayerStore
 from kvmlx.tolerance import assert_close, assert_same
 from tests.metal.device import Device, Launch
 from tests.metal.off_mac import off_mac
-from tests.stores import SHAPES, Kernel, Problem, Shape, check, make, oracle, plain, shapes, sliding, to_numpy
+from tests.stores import (
+    PLACES,
+    SHAPES,
+    Kernel,
+    Shape,
+    check,
+    make,
+    oracle,
+    plain,
+    shapes,
+    sliding,
+    to_numpy,
+    vector_problem,
+)
 from tests.test_vectors import over
 
 Runs = list[tuple[str, Launch]]
@@ -119,37 +130,15 @@ def test_any_lengths(kernel: Kernel, shape: Shape, seed: int) -> None:
 
 # Shared vectors
 
-# (rows in an exact body, how rows that do not exist are told)
-PLACES = [("tail", "begin"), ("tail", "bias"), ("body", "bias"), ("both", "begin")]
-
 
 @pytest.mark.parametrize(("place", "absent"), PLACES)
 @over("attention")
 def test_vectors(kernel: Kernel, case: Case, place: str, absent: str) -> None:
-    """Keys in the exact tail, in an exact body, or in both; what is not causal lies in the body."""
-    params, t = case
-    n, held = t["queries"].shape[2], t["keys"].shape[2]
-    body = {"tail": 0, "body": held - n, "both": (held - n) // 2}[place] if params["causal"] else held
-    given = {k: mx.array(x.astype(np.float32)) for k, x in t.items() if k in ("queries", "keys", "values", "sinks")}
-    store = LayerStore(BACKEND, (None, None), columns=("bias",))
-    store.append(given["keys"], given["values"])
-    bias = t.get("bias", np.zeros(t["keys"].shape[:3])).astype(np.float32)
-    begin = np.zeros(t["keys"].shape[:2], np.int64)
-    if "valid" in t:
-        missing = t["valid"][:, None, :] == 0
-        begin[:] = missing.sum(axis=2)
-        if absent == "bias":
-            bias, begin = np.where(missing, -np.inf, bias).astype(np.float32), np.zeros_like(begin)
-    store.biased = bool(bias.any())
-    if held:
-        store.columns["bias"] = BACKEND.put(store.columns["bias"][..., None], mx.array(bias)[..., None], 0)[..., 0]
-    store.begin = begin
-    store.encode_oldest(np.maximum(np.full_like(begin, body) - begin, 0))
-    p = Problem(store, given["queries"], params["scale"], given.get("sinks"), None)
+    p = vector_problem(case, BACKEND, place, absent)
     want, low = oracle(p), plain(p)
-    assert_close(want, t["out"], low, name="oracle")
-    out = kernel(store, p.queries, **p.arguments())
-    assert_close(to_numpy(out), t["out"], low)
+    assert_close(want, case[1]["out"], low, name="oracle")
+    out = kernel(p.store, p.queries, **p.arguments())
+    assert_close(to_numpy(out), case[1]["out"], low)
 
 
 def test_queries_that_see_nothing_give_zeros(kernel: Kernel) -> None:

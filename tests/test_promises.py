@@ -23,6 +23,7 @@ SELECT = {
     "snapkv": "snapkv(budget={}, window=8, " + SMALL + ")",
     "keydiff": "keydiff(budget={}, " + SMALL + ")",
     "knorm": "knorm(budget={}, " + SMALL + ")",
+    "leverage": "leverage(budget={}, " + SMALL + ")",
     "expected_attention": "expected_attention(budget={}, " + SMALL + ")",
 }
 ALLOCATE = ["", " | pyramidkv", " | adakv"]

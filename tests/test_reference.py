@@ -288,6 +288,18 @@ def test_h2o_and_tova_by_hand() -> None:
     np.testing.assert_allclose(ref.tova_scores(q, k, scale=1.0), 0.25)
 
 
+def test_leverage_is_that_of_a_regression() -> None:
+    """The rank of the keys in all, 1 for a row that alone spans a direction, less with a ridge."""
+    k = gaussian(23, 1, 2, 50, 8)
+    scores = ref.leverage_scores(k, ridge=1e-12)
+    np.testing.assert_allclose(scores.sum(axis=2), 8.0, rtol=1e-6)
+    k[..., 5] = 0.0
+    k[:, :, 20, 5] = 1.0
+    # Nothing else has that direction but the mean, which is 1/T of it.
+    assert ref.leverage_scores(k, ridge=1e-12)[0, 0, 20] == pytest.approx(1 - 1 / 50)
+    assert (ref.leverage_scores(k, ridge=0.1) < ref.leverage_scores(k, ridge=0.01)).all()
+
+
 def test_keydiff_and_knorm_find_the_odd_one() -> None:
     k = np.ones((1, 1, 9, 8)) * 3
     k[0, 0, 4] = -np.arange(8.0)

@@ -16,6 +16,7 @@ from kvmlx.stages.select.full import Full
 from kvmlx.stages.select.h2o import H2O
 from kvmlx.stages.select.keydiff import KeyDiff
 from kvmlx.stages.select.knorm import Knorm
+from kvmlx.stages.select.leverage import Leverage
 from kvmlx.stages.select.random import Random
 from kvmlx.stages.select.snapkv import SnapKV
 from kvmlx.stages.select.streaming import Streaming
@@ -188,6 +189,38 @@ def test_knorm(backend: PlainBackend, case: Case) -> None:
     check(Knorm(), case.rows(backend), np.array([[-np.linalg.norm(k) for k in head] for head in keys]))
 
 
+def leverages(keys: np.ndarray, ridge: float) -> np.ndarray:
+    """Scores of one head's rows ``[T, D]``, each as what a ridge regression on the others' noise leaves of it."""
+    x = keys.astype(np.float64) - keys.astype(np.float64).mean(axis=0)
+    noise = ridge * np.diag((x**2).sum(axis=0))
+    return np.array([row @ np.linalg.pinv(x.T @ x + noise) @ row for row in x])
+
+
+@each_case
+@pytest.mark.parametrize(("of", "ridge"), [("values", 0.01), ("keys", 1.0), ("both", 0.1)])
+def test_leverage(backend: PlainBackend, case: Case, of: Any, ridge: float) -> None:
+    sides = ("keys", "values") if of == "both" else (of,)
+    expected = np.sum([[leverages(head, ridge) for head in case.arrays()[side][0]] for side in sides], axis=0)
+    check(Leverage(of=of, ridge=ridge), case.rows(backend), expected)
+
+
+def test_leverage_does_not_depend_on_the_scale_of_channels(backend: PlainBackend) -> None:
+    case = CASES[1]
+    values = case.arrays()["values"]
+    scaled = values * np.logspace(-3, 3, values.shape[-1]).astype(np.float32)
+    got = np.array(Leverage().score(case.rows(backend, values=backend.from_numpy(scaled))))
+    np.testing.assert_allclose(got, np.array(Leverage().score(case.rows(backend))), rtol=2e-4)
+
+
+def test_leverage_finds_the_one_direction_that_the_others_lack(backend: PlainBackend) -> None:
+    case = Case(h=1, group=1, t=200, w=1)
+    values = case.arrays()["values"]
+    values[..., 3] = 0.0
+    values[0, 0, 77, 3] = 1e-2
+    scores = np.array(Leverage().score(case.rows(backend, values=backend.from_numpy(values))))[0, 0]
+    assert scores.argmax() == 77 and scores[77] > 0.95 and np.delete(scores, 77).max() < 0.8
+
+
 @each_case
 def test_streaming_keeps_the_newest(backend: PlainBackend, case: Case) -> None:
     check(Streaming(), case.rows(backend), np.tile(np.arange(case.t, dtype=np.float64), (case.h, 1)))
@@ -328,6 +361,7 @@ def test_full_scores_all_alike(backend: PlainBackend) -> None:
 DEGENERATE = [
     Knorm(),
     KeyDiff(),
+    Leverage(),
     TOVA(),
     SnapKV(window=8),
     ExpectedAttention(n_future=3),
@@ -343,7 +377,7 @@ def test_constant_rows_score_alike_and_finite(backend: PlainBackend, select: Sel
     rows = case.rows(backend, **{name: backend.from_numpy(a) for name, a in x.items()})
     scores = np.array(select.score(rows))
     assert np.isfinite(scores).all()
-    if isinstance(select, Knorm | KeyDiff | TOVA):
+    if isinstance(select, Knorm | KeyDiff | Leverage | TOVA):
         np.testing.assert_allclose(scores, np.broadcast_to(scores[..., :1], scores.shape), rtol=1e-5)
 
 

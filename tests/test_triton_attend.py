@@ -33,9 +33,22 @@ from kvmlx.backends.torch.triton.attend import Config, attend_decode, configurat
 from kvmlx.backends.torch.triton.launch import Launch, recording  # noqa: E402
 from kvmlx.backends.torch.triton.operands import HEADER, NUMBERS, numbers_of, operands  # noqa: E402
 from kvmlx.checks import Case  # noqa: E402
-from kvmlx.store import SPAN_STEP, LayerStore  # noqa: E402
+from kvmlx.store import SPAN_STEP  # noqa: E402
 from kvmlx.tolerance import assert_close, assert_same  # noqa: E402
-from tests.stores import SHAPES, Problem, Shape, check, make, oracle, plain, poison, shapes, to_numpy  # noqa: E402
+from tests.stores import (  # noqa: E402
+    PLACES,
+    SHAPES,
+    Problem,
+    Shape,
+    check,
+    make,
+    oracle,
+    plain,
+    poison,
+    shapes,
+    to_numpy,
+    vector_problem,
+)
 from tests.test_triton_prefill import execute  # noqa: E402
 from tests.test_vectors import over  # noqa: E402
 
@@ -237,34 +250,11 @@ def test_any_lengths(shape: Shape, seed: int, n: int, split: bool) -> None:
     check(partial(attend_decode, config=config), p)
 
 
-PLACES = [("tail", "begin"), ("tail", "bias"), ("body", "bias"), ("both", "begin")]
-"""Where the rows of a vector lie, and how rows that do not exist are told."""
-
-
 @pytest.mark.parametrize(("place", "absent"), PLACES)
 @over("attention")
 def test_vectors(case: Case, place: str, absent: str) -> None:
-    """Keys in the exact tail, in an exact body, or in both; what is not causal lies in the body."""
-    params, t = case
-    n, held = t["queries"].shape[2], t["keys"].shape[2]
-    body = {"tail": 0, "body": held - n, "both": (held - n) // 2}[place] if params["causal"] else held
-    x = {k: BACKEND.from_numpy(t[k].astype(np.float32)) for k in ("queries", "keys", "values", "sinks") if k in t}
-    store = LayerStore(BACKEND, (None, None), columns=("bias",))
-    store.append(x["keys"], x["values"])
-    bias = t.get("bias", np.zeros(t["keys"].shape[:3])).astype(np.float32)
-    begin = np.zeros(t["keys"].shape[:2], np.int64)
-    if "valid" in t:
-        missing = t["valid"][:, None, :] == 0
-        begin[:] = missing.sum(axis=2)
-        if absent == "bias":
-            bias, begin = np.where(missing, -np.inf, bias).astype(np.float32), np.zeros_like(begin)
-    store.biased = bool(bias.any())
-    if held:
-        store.columns["bias"][:, :, :held] = BACKEND.from_numpy(bias)
-    store.begin = begin
-    store.encode_oldest(np.maximum(np.full_like(begin, body) - begin, 0))
-    p = Problem(store, x["queries"], params["scale"], x.get("sinks"), None)
-    assert_close(to_numpy(run(p)), t["out"], plain(p))
+    p = vector_problem(case, BACKEND, place, absent)
+    assert_close(to_numpy(run(p)), case[1]["out"], plain(p))
 
 
 # How the work is divided

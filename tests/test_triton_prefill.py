@@ -37,7 +37,7 @@ from kvmlx.backends.torch.triton.prefill import Config, attend_prefill, configur
 from kvmlx.checks import Case  # noqa: E402
 from kvmlx.store import LayerStore  # noqa: E402
 from kvmlx.tolerance import assert_close, assert_same  # noqa: E402
-from tests.stores import SHAPES, Problem, Shape, check, make, oracle, plain, shapes, to_numpy  # noqa: E402
+from tests.stores import PLACES, SHAPES, Problem, Shape, check, make, oracle, plain, shapes, to_numpy, vector_problem  # noqa: E402
 from tests.test_vectors import over  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -270,35 +270,12 @@ def test_any_lengths(shape: Shape, seed: int, split: bool) -> None:
     check(partial(attend_prefill, config=config), p)
 
 
-PLACES = [("tail", "begin"), ("tail", "bias"), ("body", "bias"), ("both", "begin")]
-"""Where the rows of a vector lie, and how rows that do not exist are told."""
-
-
 @pytest.mark.parametrize(("place", "absent"), PLACES)
 @over("attention")
 def test_vectors(case: Case, place: str, absent: str) -> None:
-    """Keys in the exact tail, in an exact body, or in both; what is not causal lies in the body."""
-    params, t = case
-    n, held = t["queries"].shape[2], t["keys"].shape[2]
-    body = {"tail": 0, "body": held - n, "both": (held - n) // 2}[place] if params["causal"] else held
-    x = {k: BACKEND.from_numpy(t[k].astype(np.float32)) for k in ("queries", "keys", "values", "sinks") if k in t}
-    store = LayerStore(BACKEND, (None, None), columns=("bias",))
-    store.append(x["keys"], x["values"])
-    bias = t.get("bias", np.zeros(t["keys"].shape[:3])).astype(np.float32)
-    begin = np.zeros(t["keys"].shape[:2], np.int64)
-    if "valid" in t:
-        missing = t["valid"][:, None, :] == 0
-        begin[:] = missing.sum(axis=2)
-        if absent == "bias":
-            bias, begin = np.where(missing, -np.inf, bias).astype(np.float32), np.zeros_like(begin)
-    store.biased = bool(bias.any())
-    if held:
-        store.columns["bias"][:, :, :held] = BACKEND.from_numpy(bias)
-    store.begin = begin
-    store.encode_oldest(np.maximum(np.full_like(begin, body) - begin, 0))
-    p = Problem(store, x["queries"], params["scale"], x.get("sinks"), None)
+    p = vector_problem(case, BACKEND, place, absent)
     kernel = attend_prefill if place == "both" else unsplit
-    assert_close(to_numpy(kernel(store, p.queries, **p.arguments())), t["out"], plain(p))
+    assert_close(to_numpy(kernel(p.store, p.queries, **p.arguments())), case[1]["out"], plain(p))
 
 
 # What splits, strides, sinks and windows must not change

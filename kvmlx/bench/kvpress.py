@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -158,7 +159,7 @@ class Kvpress:
     """A model in a process of kvpress's own environment. A context manager; leaving it ends the process.
 
     Args:
-        python: the interpreter of an environment in which kvpress is installed.
+        python: the interpreter of an environment in which kvpress is installed; ``~`` is the home folder.
         model: folder or Hub name of the model.
         dtype: of weights and cache: ``float32``, ``float16`` or ``bfloat16``.
         threads: of torch on a CPU; None for its own choice.
@@ -177,14 +178,14 @@ class Kvpress:
         threads: int | None = None,
         device: str = "cpu",
     ) -> None:
-        self.python = python
+        self.python = os.path.expanduser(python)
         self._ratios: dict[tuple[Press, int], float] = {}
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         # -I: the folder of the script is not searched, whose files are named like modules of the library; a session
         # of its own: Ctrl-C reaches this process, which then ends the worker.
         try:
             self._process = subprocess.Popen(
-                [python, "-I", str(WORKER)],
+                [self.python, "-I", str(WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
@@ -194,7 +195,7 @@ class Kvpress:
         except OSError as error:
             self._stderr.close()
             raise KVMLXError(
-                f"{python} cannot be run: {error.strerror or error}; --kvpress takes the Python interpreter of an "
+                f"{self.python} cannot be run: {error.strerror or error}; --kvpress takes the Python interpreter of an "
                 "environment with kvpress, such as /home/me/kvpress/bin/python"
             ) from error
         self.versions: dict[str, str] = self._reply("start")

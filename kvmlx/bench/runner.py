@@ -181,10 +181,6 @@ class Runner:
                 self._ask(contexts, index, subject)
             contexts.forget(index)
 
-    def _full_score(self, *place: Any) -> float:
-        full = [r for r in self.file.records if type(r) is Score and r.subject.method == FULL]
-        return float(np.mean([r.score for r in full if r.place[:3] == place]))
-
     def _ask(self, contexts: Contexts, index: int, subject: Subject) -> None:
         """Ask a sample's questions that were not asked yet."""
         sample = contexts.sample(index)
@@ -255,7 +251,7 @@ class Runner:
                 if np.array_equal(full, other) and subject.ratio < 1:
                     raise KVMLXError(f"{subject.method} changed nothing at all: its cache was not used, which is a bug")
                 numbers = drift(full, other, scored)
-            self.file.add(Fidelity(subject, length, text, *numbers))
+            self.file.add(Fidelity(subject, length, text, *map(_digits, numbers)))
 
     def _forced(
         self, recorded: State, method: str, at_end: Sequence[str], prefix: Sequence[int], fed: Sequence[int]
@@ -316,6 +312,11 @@ def drift(full: np.ndarray, other: np.ndarray, scored: Sequence[int]) -> tuple[t
         tuple((-q[rows, list(scored)]).tolist()),
         tuple((-p[rows, list(scored)]).tolist()),
     )
+
+
+def _digits(numbers: Sequence[Any]) -> tuple[Any, ...]:
+    """Return numbers as they are written: six digits, a third of the file that all would take."""
+    return tuple(n if isinstance(n, bool) else float(f"{n:.6g}") for n in numbers)
 
 
 def _normalized(x: np.ndarray) -> np.ndarray:
