@@ -21,8 +21,6 @@ from kvmlx.types import KVMLXError, ModelInfo
 
 STEP = 256
 """Growth of mlx-lm's own caches."""
-NEAR = (-64, 128)
-"""Budgets tried around the one that bisection finds: where blocks of 64 rows are encoded, a row more may take less."""
 SLACK = 1e-9
 DRAWS, UNEVENNESS = 256, 0.4
 """Random shares over which unequal heads are averaged, and the standard deviation of their logarithms."""
@@ -87,7 +85,7 @@ def ratio_of(method: str, tokens: int, model: Model) -> float:
 
 
 def match(method: str, target: float, tokens: int, model: Model) -> tuple[str, float]:
-    """Return the method with the budget that keeps ``1 / target`` of a full 16-bit cache, or just less, and its ratio.
+    """Return the method with the largest budget that keeps ``1 / target`` of a full 16-bit cache, and its ratio.
 
     Args:
         method: a strategy or baseline; a budget that it has is replaced.
@@ -103,11 +101,11 @@ def match(method: str, target: float, tokens: int, model: Model) -> tuple[str, f
     if not has_budget(method):
         return method, _check(method, ratio_of(method, tokens, model), target, tokens)
     family = family_of(method)
-    ratio, least = _careful(family, tokens, model)
+    ratio, least, unit = _careful(family, tokens, model)
     if least >= tokens:
         raise KVMLXError(f"{family!r} keeps at least {least} tokens: a context of {tokens} cannot be compressed by it")
     _check(family, ratio(least), target, tokens)
-    chosen = with_budget(family, _largest(ratio, 1 / target + SLACK, least, tokens))
+    chosen = with_budget(family, _largest(ratio, 1 / target + SLACK, least, tokens, unit))
     return chosen, ratio_of(chosen, tokens, model)
 
 
@@ -120,11 +118,11 @@ def _check(method: str, ratio: float, target: float, tokens: int) -> float:
     return ratio
 
 
-def _careful(family: str, tokens: int, model: Model) -> tuple[Callable[[int], float], int]:
-    """Return what a budget holds at most, in nearly all contexts, and the least budget."""
+def _careful(family: str, tokens: int, model: Model) -> tuple[Callable[[int], float], int, int]:
+    """Return what a budget holds at most, in nearly all contexts, the least budget, and rows encoded together."""
     baseline = baselines.parse(family)
     if baseline is not None:
-        return lambda size: min(size, tokens) / tokens, baseline.parameters["keep"] + 1
+        return lambda size: min(size, tokens) / tokens, baseline.parameters["keep"] + 1, 1
     strategy, shapes = Strategy.parse(family), _shapes(model)
 
     @cache
@@ -133,19 +131,23 @@ def _careful(family: str, tokens: int, model: Model) -> tuple[Callable[[int], fl
         expected, deviation = _ratio(Strategy(tuple(stages)), tokens, shapes)
         return expected + SPREAD * deviation
 
-    return ratio, strategy.sinks + strategy.recent + 1
+    return ratio, strategy.sinks + strategy.recent + 1, Plan(strategy, len(shapes), FP16_BYTES).unit
 
 
-def _largest(ratio: Callable[[int], float], limit: float, low: int, high: int) -> int:
-    """Return the budget in ``[low, high]`` whose ratio is nearest to the limit from below, the largest of equals."""
-    if ratio(high) <= limit:
-        return high
-    least, most = low, high
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if ratio(middle) <= limit else (low, middle - 1)
-    tried = range(max(least, low + NEAR[0]), min(most, low + NEAR[1]) + 1)
-    return max((b for b in tried if ratio(b) <= limit), key=lambda b: (ratio(b), b))
+def _largest(ratio: Callable[[int], float], limit: float, low: int, high: int, unit: int) -> int:
+    """Return the largest budget in ``[low, high]`` whose ratio is at most the limit; that of ``low`` is.
+
+    A row more may take less: what fills a block of ``unit`` rows is encoded, what is left over stays exact. The ratio
+    grows only from block to block, so each number of rows left over is searched by itself.
+    """
+    best = low
+    for first in range(low, min(low + unit, high + 1)):
+        below, above = -1, (high - first) // unit
+        while below < above:
+            middle = (below + above + 1) // 2
+            below, above = (middle, above) if ratio(first + middle * unit) <= limit else (below, middle - 1)
+        best = max(best, first + below * unit if below >= 0 else low)
+    return best
 
 
 def _baseline_ratio(baseline: Baseline, tokens: int) -> float:
