@@ -57,6 +57,12 @@ def test_a_run_its_repetition_and_what_is_made_of_it(run: Run, command: tuple[st
     assert json.loads(run("bench", "show", str(path), "--format", "json").output)
     assert "| method" in run("bench", "show", str(path), "--format", "md").output.lower()
     assert "knorm" in run("bench", "show", str(path)).output
+    alone = list(
+        csv.DictReader(io.StringIO(run("bench", "show", str(path), "--kv", "knorm", "--format", "csv").output))
+    )
+    assert {r["family"] for r in alone} == {"full", "knorm"}
+    failed = run("bench", "show", str(path), "--kv", "knrm", code=2)
+    assert "Did you mean 'knorm'?" in failed.output
 
 
 def test_the_page_and_a_comparison(run: Run, command: tuple[str, ...], tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 DEFAULT_STRATEGIES = (
     "snapkv",
-    "tova",
     "keydiff",
     "expected_attention",
-    "snapkv | adakv",
+    "leverage",
     "snapkv | small",
+    "leverage | small",
     "balanced",
     "small",
     "smaller",
@@ -116,7 +116,7 @@ class Config:
 
 
 QUICK: dict[str, Any] = {
-    "strategies": ("snapkv", "snapkv | small", "small"),
+    "strategies": ("snapkv", "leverage", "leverage | small", "small"),
     "tasks": ("niah_single_2", "niah_multikey_1"),
     "lengths": (512,),
     "samples": 2,

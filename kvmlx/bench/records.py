@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from kvmlx.bench.types import Cost
-from kvmlx.types import KVMLXError
+from kvmlx.types import KVMLXError, suggest
 
 FORMAT_VERSION = 1
 FULL = "full"
@@ -135,6 +135,22 @@ class Results:
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [r for r in self.records if type(r) is kind]
+
+    def only(self, families: Collection[str]) -> Results:
+        """Return the results of these families and of the full cache; of all where none is named.
+
+        Raises:
+            KVMLXError: there is nothing of one of them.
+        """
+        known = {r.subject.family for r in self.records}
+        for family in families:
+            if family not in known:
+                raise KVMLXError(
+                    f"no results of {family!r}.{suggest(family, known)} There are: {', '.join(sorted(known))}"
+                )
+        if not families:
+            return self
+        return Results(self.runs, [r for r in self.records if r.subject.family in {FULL, *families}])
 
 
 class ResultsFile:

@@ -277,6 +277,9 @@ class Measure(StrEnum):
 
 
 File = Annotated[str, typer.Argument(metavar="RESULTS", help="A file that `kvmlx bench` wrote.")]
+Families = Annotated[
+    list[str] | None, typer.Option(metavar="STRATEGY", help="Only this method, budget left out, and the full cache.")
+]
 
 
 @bench.callback(invoke_without_command=True)
@@ -370,22 +373,24 @@ def bench_report(
     plots: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Also write the plots as PNG and SVG there.")
     ] = None,
+    kv: Families = None,
 ) -> None:
     """Write one self-contained HTML page: table, plots, machine, versions, and how to reproduce it."""
     from kvmlx.cli.bench import make_report
 
-    make_report(file, out, plots)
+    make_report(file, out, plots, kv or [])
 
 
 @bench.command("show")
 def bench_show(
     file: File,
     kind: Annotated[Format | None, typer.Option("--format", help="For programs; else a table for people.")] = None,
+    kv: Families = None,
 ) -> None:
     """Print results."""
     from kvmlx.cli.bench import show
 
-    show(file, kind.value if kind else None)
+    show(file, kind.value if kind else None, kv or [])
 
 
 @bench.command("compare")

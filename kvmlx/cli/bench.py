@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -159,11 +159,11 @@ def budget_of(text: str) -> int | float:
     return value
 
 
-def make_report(file: str, out: str | None, plots: str | None) -> None:
+def make_report(file: str, out: str | None, plots: str | None, families: Sequence[str]) -> None:
     """Write the page of a results file, and its pictures if a folder is given."""
     from kvmlx.bench.report import report_html, report_plots
 
-    results = read(file)
+    results = read(file).only(families)
     page = Path(out) if out else Path(file).with_suffix(".html")
     report_html(results, page)
     paths = [page, *(report_plots(results, Path(plots)) if plots else ())]
@@ -171,11 +171,11 @@ def make_report(file: str, out: str | None, plots: str | None) -> None:
         stdout().print(f"wrote {path}", soft_wrap=True)
 
 
-def show(file: str, kind: str | None) -> None:
+def show(file: str, kind: str | None, families: Sequence[str]) -> None:
     """Print a results file as a table for people, or in a format for programs."""
     from kvmlx.bench import report
 
-    results = read(file)
+    results = read(file).only(families)
     if kind is None:
         report.print_summary(results, stdout())
     else:

@@ -49,7 +49,7 @@ class Chart:
     """What its filter buttons are: mode, length, target."""
 
 
-BYTES = "bytes kept, % of the full 16-bit cache"
+BYTES = "bytes kept, % of the full 16-bit cache; equal ones side by side"
 
 
 def quality_charts(summary: Summary) -> list[Chart]:

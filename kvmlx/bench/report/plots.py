@@ -28,6 +28,8 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
 """Of the lines of the first eight families, of the next eight, and so on."""
 INK, FAINT = "#1b1f24", "#d4d8dd"
 SIZE = (4.9, 3.5)
+NAME_WIDTH = 3.2
+"""Inches of a legend's column."""
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kvmlx",
@@ -120,15 +122,18 @@ def save_charts(charts: Sequence[Chart], families: Sequence[str], title: str, pa
         columns = min(2, len(charts))
         rows = -(-len(charts) // columns)
         shown = [f for f in families if any(p.family == f for c in charts for p in c.points)]
-        legend = 0.24 * -(-len(shown) // columns) + 0.6
-        size = (SIZE[0] * columns, SIZE[1] * rows + legend)
+        beside = len(charts) == 1
+        names = 1 if beside else int(SIZE[0] * columns / NAME_WIDTH)
+        legend = 0.24 * -(-len(shown) // names) + 0.6
+        wide, high = SIZE[0] * columns, SIZE[1] * rows
+        size = (wide + NAME_WIDTH, max(high, legend)) if beside else (wide, high + legend)
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
         for index, chart in enumerate(charts):
             axes = figure.add_subplot(rows, columns, index + 1)
             _draw(axes, chart, families)
             axes.set_title(chart.title, fontsize=10.5, loc="left")
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-        _legend(figure, families, shown, columns)
+        _legend(figure, families, shown, names, "outside right upper" if beside else "outside lower left")
         return _save(figure, path)
 
 
@@ -239,7 +244,7 @@ def _scales(axes: Axes, chart: Chart) -> None:
     axes.set_xlim(lowest / 1.25, highest * 1.25)
 
 
-def _legend(figure: Figure, families: Sequence[str], shown: Sequence[str], columns: int) -> None:
+def _legend(figure: Figure, families: Sequence[str], shown: Sequence[str], columns: int, place: str) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
@@ -247,7 +252,7 @@ def _legend(figure: Figure, families: Sequence[str], shown: Sequence[str], colum
         own = look(families, family)
         line = Line2D([], [], color=own.colour, marker=own.marker, linestyle=own.dash, linewidth=0.9, markeredgewidth=0)
         handles.append(line)
-    figure.legend(handles, shown, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(handles, shown, loc=place, ncols=columns, frameon=False, fontsize=9)
 
 
 def _svg(figure: Figure) -> str:
