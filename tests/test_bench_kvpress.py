@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -178,6 +179,12 @@ def test_what_kvpress_refuses_is_said_and_the_worker_goes_on(play: Play) -> None
 def test_a_missing_interpreter_is_named(tmp_path: Path) -> None:
     with pytest.raises(KVMLXError, match=r"nothing/python cannot be run: No such file.* --kvpress takes the Python"):
         Kvpress(str(tmp_path / "nothing" / "python"), "folder")
+
+
+def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(KVMLXError, match=rf"^{re.escape(str(tmp_path))}/nothing/python cannot be run"):
+        Kvpress("~/nothing/python", "folder")
 
 
 @pytest.mark.skipif("kvpress" in sys.modules, reason="this environment has kvpress")

@@ -13,7 +13,7 @@ import pytest
 from kvmlx.bench import runner as module
 from kvmlx.bench.config import Config
 from kvmlx.bench.records import FULL, Costs, Fidelity, ResultsFile, Score, Skip, Subject, read
-from kvmlx.bench.runner import Runner, drift, entries
+from kvmlx.bench.runner import Runner, digits, drift, entries
 from kvmlx.bench.types import Cost, Prompt, Question, Sample
 from kvmlx.types import KVMLXError, StrategyError
 
@@ -329,6 +329,11 @@ def test_families_are_run_at_every_target_and_budget_others_once() -> None:
     assert ("small", None) in found and ("snapkv(budget=0.3)", None) in found
     assert sum(t is None and "budget=0.5" in f for f, t in found) == 3, "random, streaming and snapkv | int4"
     assert len(found) == len(set(found))
+
+
+def test_numbers_are_written_with_six_digits() -> None:
+    written = digits([1 / 3, True, 1e-9 / 3])
+    assert written == (0.333333, True, 3.33333e-10) and written[1] is True
 
 
 def test_drift_is_that_of_the_definitions() -> None:

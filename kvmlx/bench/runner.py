@@ -251,7 +251,7 @@ class Runner:
                 if np.array_equal(full, other) and subject.ratio < 1:
                     raise KVMLXError(f"{subject.method} changed nothing at all: its cache was not used, which is a bug")
                 numbers = drift(full, other, scored)
-            self.file.add(Fidelity(subject, length, text, *map(_digits, numbers)))
+            self.file.add(Fidelity(subject, length, text, *map(digits, numbers)))
 
     def _forced(
         self, recorded: State, method: str, at_end: Sequence[str], prefix: Sequence[int], fed: Sequence[int]
@@ -314,7 +314,7 @@ def drift(full: np.ndarray, other: np.ndarray, scored: Sequence[int]) -> tuple[t
     )
 
 
-def _digits(numbers: Sequence[Any]) -> tuple[Any, ...]:
+def digits(numbers: Sequence[Any]) -> tuple[Any, ...]:
     """Return numbers as they are written: six digits, a third of the file that all would take."""
     return tuple(n if isinstance(n, bool) else float(f"{n:.6g}") for n in numbers)
 

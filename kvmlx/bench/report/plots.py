@@ -244,7 +244,7 @@ def _scales(axes: Axes, chart: Chart) -> None:
     axes.set_xlim(lowest / 1.25, highest * 1.25)
 
 
-def _legend(figure: Figure, families: Sequence[str], shown: Sequence[str], columns: int, place: str) -> None:
+def _legend(figure: Figure, families: Sequence[str], shown: Sequence[str], columns: int, place: Any) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
