@@ -434,8 +434,8 @@ def render() -> None:
         "Made by `scripts/measure.py`; each section names its machine, versions and shapes.",
         "Other files: `metal.json` of `scripts/count_metal.py`, shown in [metal.md](../metal.md); `triton.json` of "
         "`scripts/compile_triton.py`, in [cuda.md](../cuda.md); `compatibility-*.json` of `scripts/compatibility.py`, "
-        "in [compatibility.md](../compatibility.md); `bench-demo.jsonl` of "
-        "`kvmlx bench --config scripts/bench_demo.toml`, with its page `bench-demo.html`, in [bench.md](../bench.md); "
+        "in [compatibility.md](../compatibility.md); `bench-*.jsonl` of `kvmlx bench` with the configs that stand in "
+        "them, in [bench.md](../bench.md) and, whole, in [bench-demo.md](bench-demo.md); "
         "`gpu-*.json`, once a GPU has run `scripts/gpu_check.py`.",
         "",
     ]

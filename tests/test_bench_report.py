@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import replace
@@ -301,6 +302,18 @@ def test_terminal_fits_in_100_columns(results: Results) -> None:
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
     assert any("snapkv | turboquant(k=5, v=4, center=64)" in line and "▼" not in line for line in lines)
+
+
+def test_a_long_name_leaves_room_for_the_plots(results: Results, tmp_path: Path) -> None:
+    name = "leverage(recent=16) | turboquant(bits=4, center=64, recent=16)"
+    family = next(r.subject.family for r in results.of(Score) if r.subject.family != "full")
+    renamed = [
+        replace(r, subject=replace(r.subject, family=name)) if r.subject.family == family else r
+        for r in results.records
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.report_plots(Results(results.runs, renamed), tmp_path)
 
 
 def test_plots_are_written(results: Results, tmp_path: Path) -> None:

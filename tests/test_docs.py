@@ -19,10 +19,11 @@ import pytest
 from kvmlx.layout import row_bytes
 from kvmlx.stages.base import Encode, Select, Stage
 from kvmlx.strategy import ALIASES, PRESETS, STAGES, Strategy
+from scripts import bench_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README, METHODS, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "architecture.md"
-METAL, CUDA = ROOT / "docs" / "metal.md", ROOT / "docs" / "cuda.md"
+METAL, CUDA, BENCH = (ROOT / "docs" / f"{name}.md" for name in ("metal", "cuda", "bench"))
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results"
 IN_COMMON = {"backends.base", "backends.files", "backends.formats", "backends.rotary", "backends.rows"}
@@ -247,45 +248,34 @@ def render_agreement() -> str:
 
 
 def render_compared() -> str:
-    """Return a row for each family of the committed comparison, a column for each compression."""
-    from kvmlx.bench.records import read as read_results
-    from kvmlx.bench.summary import summarize
-
-    results = read_results(RESULTS / "bench-demo.jsonl")
-    summary = summarize(results)
-    rows = {r.name: r for r in summary.pooled if r.mode == "agnostic" and r.complete and r.score is not None}
-    drifts = {d.name: d for d in summary.drifts}
-    targets = sorted({n.target for n in rows if n.target is not None})
-    lines = []
-    for family in dict.fromkeys(n.family for n in rows):
-        own = {n.target: rows[n] for n in rows if n.family == family}
-        alone = own.get(None)
-        kept = "" if alone is None else f"{alone.ratio:.2f}"
-        shown = [kept, *(_score(own.get(t)) for t in (None, *targets))]
-        drift = [drifts.get(n) for n in rows if n.family == family and n.target in (None, 4.0)]
-        kl = next((f"{d.kl.value:.4f}" for d in drift if d is not None and not d.name.full), "")
-        lines.append([f"`{family}`".replace("|", "\\|"), *shown, kl])
-    scores = [r.score for r in rows.values() if r.score is not None]
-    tasks = ", ".join(f"`{t.task}`" for t in next(iter(rows.values())).tasks if t.informative)
-    machine = results.runs[-1]["machine"]
-    said = ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("cpu", "backend", "device"))
-    head = (
-        f"SmolLM2-135M-Instruct in float32, {max(s.samples for s in scores)} contexts of 1,024 tokens with "
-        f"{max(s.questions for s in scores)} questions ({tasks}), compressed before the question is known. Scores with "
-        "95% intervals; ▼ marks what is worse than the full cache by its paired interval; KL is that of the column 4x, "
-        "or of the method as it is. "
-        f"{machine['cpu']}, {said}."
-    )
-    header = ["method", "keeps", "as it is", *(f"{t:g}x" for t in targets), "KL"]
-    return head + "\n\n" + lines_of(header, lines)
+    return bench_tables.compared(bench_tables.results_of("demo"), bench_tables.SHOWN)
 
 
-def _score(row: Any) -> str:
-    if row is None:
-        return ""
-    low, high = row.score.low, row.score.high
-    mark = {"worse": " ▼", "better": " ▲"}.get(row.verdict, "")
-    return f"{row.score.value:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})") + mark
+def render_aware() -> str:
+    return bench_tables.compared(bench_tables.results_of("demo"), mode="aware")
+
+
+def render_fresh() -> str:
+    return bench_tables.compared(bench_tables.results_of("fresh"))
+
+
+def render_second() -> str:
+    return bench_tables.compared(bench_tables.results_of("second"))
+
+
+def test_the_whole_comparison_is_that_of_the_results() -> None:
+    """bench-demo.md is what `kvmlx bench show --format md` prints."""
+    assert read(RESULTS / "bench-demo.md") == whole(), "run python -m tests.test_docs"
+
+
+def whole() -> str:
+    from kvmlx.bench.report import to_md
+
+    return to_md(bench_tables.results_of("demo")) + "\n"
+
+
+def render_presses() -> str:
+    return bench_tables.presses(bench_tables.results_of("demo"))
 
 
 def render_counted() -> str:
@@ -314,6 +304,10 @@ BLOCKS: dict[tuple[Path, str], Block] = {
     (README, "presets"): render_presets,
     (README, "compared"): render_compared,
     (README, "agreement"): render_agreement,
+    (BENCH, "aware"): render_aware,
+    (BENCH, "fresh"): render_fresh,
+    (BENCH, "second"): render_second,
+    (BENCH, "presses"): render_presses,
     (METHODS, "presets"): lambda: render_presets(pages="results/README.md"),
     (METAL, "counted"): render_counted,
     (CUDA, "compiled"): render_compiled,
@@ -471,6 +465,7 @@ def main() -> None:
         head, rest = text.split(start)
         page.write_text(head + start + block() + stop + rest.split(stop, 1)[1], encoding="utf-8")
         print(f"wrote {page.name}: {name}")
+    (RESULTS / "bench-demo.md").write_text(whole(), encoding="utf-8")
 
 
 if __name__ == "__main__":

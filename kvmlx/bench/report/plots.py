@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,10 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))
 """Of the lines of the first eight families, of the next eight, and so on."""
 INK, FAINT = "#1b1f24", "#d4d8dd"
 SIZE = (4.9, 3.5)
-NAME_WIDTH = 3.2
-"""Inches of a legend's column."""
+LETTER = 0.085
+"""Inches of a letter, on average."""
+NAME_WIDTH, NAME_LETTERS = 3.2, 36
+"""Inches of a legend's column, and letters that fit into it."""
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kvmlx",
@@ -124,7 +127,8 @@ def save_charts(charts: Sequence[Chart], families: Sequence[str], title: str, pa
         shown = [f for f in families if any(p.family == f for c in charts for p in c.points)]
         beside = len(charts) == 1
         names = 1 if beside else int(SIZE[0] * columns / NAME_WIDTH)
-        legend = 0.24 * -(-len(shown) // names) + 0.6
+        lines = sum(_wrapped(family).count("\n") + 1 for family in shown)
+        legend = 0.24 * -(-lines // names) + 0.6
         wide, high = SIZE[0] * columns, SIZE[1] * rows
         size = (wide + NAME_WIDTH, max(high, legend)) if beside else (wide, high + legend)
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
@@ -146,7 +150,9 @@ def save_heat_map(rows: Sequence[Quality], tasks: Sequence[str], title: str, pat
     with _style():
         from matplotlib.figure import Figure
 
-        size = (3.2 + 0.75 * len(tasks), 1.9 + 0.24 * len(rows))
+        names = [words.name(row.name) for row in rows]
+        longest = max((len(name) for name in names), default=0)
+        size = (max(3.2, LETTER * longest) + 0.75 * len(tasks), 1.9 + 0.24 * len(rows))
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
         scores = [{t.task: t for t in row.tasks} for row in rows]
@@ -159,7 +165,7 @@ def save_heat_map(rows: Sequence[Quality], tasks: Sequence[str], title: str, pat
         marked = [t if any(t in s and s[t].informative for s in scores) else f"({t})" for t in tasks]
         axes.set_xticks(range(len(tasks)), marked, rotation=35, ha="left", rotation_mode="anchor")
         axes.xaxis.tick_top()
-        axes.set_yticks(range(len(rows)), [words.name(row.name) for row in rows])
+        axes.set_yticks(range(len(rows)), names)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         figure.suptitle(title, fontsize=12, x=0.01, ha="left")
@@ -252,7 +258,11 @@ def _legend(figure: Figure, families: Sequence[str], shown: Sequence[str], colum
         own = look(families, family)
         line = Line2D([], [], color=own.colour, marker=own.marker, linestyle=own.dash, linewidth=0.9, markeredgewidth=0)
         handles.append(line)
-    figure.legend(handles, shown, loc=place, ncols=columns, frameon=False, fontsize=9)
+    figure.legend(handles, [_wrapped(family) for family in shown], loc=place, ncols=columns, frameon=False, fontsize=9)
+
+
+def _wrapped(family: str) -> str:
+    return textwrap.fill(family, NAME_LETTERS, subsequent_indent="  ")
 
 
 def _svg(figure: Figure) -> str:
