@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,19 @@ LAYOUT_VERSION = 1
 
 NEEDED_BYTES = 700_000_000
 """Wheel, pip's copy of it, GGUF and float16 tensors side by side: 560 MB, and some room."""
+
+_WHOLE = {"token_embd": "embed_tokens", "output_norm": "norm"}
+_LLAMA = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
 
 _Step = Callable[[int], None]
 """Report that a step has come to this count."""
@@ -223,7 +236,7 @@ def _convert(gguf: Path, folder: Path, start: Callable[[str, int], _Step]) -> No
             rows = _unpermute(rows, config["num_attention_heads"])
         elif tensor.name.endswith("attn_k.weight"):
             rows = _unpermute(rows, config["num_key_value_heads"])
-        tensors[_hf_name(tensor.name)] = np.ascontiguousarray(rows, dtype=np.float16)
+        tensors[hf_name(tensor.name, _LLAMA)] = np.ascontiguousarray(rows, dtype=np.float16)
         step(done)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokens = {name: config[f"{name}_token_id"] for name in ("bos", "eos", "pad")}
@@ -234,26 +247,19 @@ def _convert(gguf: Path, folder: Path, start: Callable[[str, int], _Step]) -> No
     (folder / "README.md").write_text(_README)
 
 
-def _hf_name(name: str) -> str:
-    """Translate llama.cpp's name: `blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`."""
-    whole = {"token_embd": "embed_tokens", "output_norm": "norm"}
-    parts = {
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "attn_norm": "input_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-        "ffn_norm": "post_attention_layernorm",
-    }
+def hf_name(name: str, parts: Mapping[str, str]) -> str:
+    """Translate llama.cpp's name: `blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`.
+
+    Args:
+        name: of a tensor.
+        parts: the architecture's parts of a layer, llama.cpp's name to Hugging Face's.
+    """
     match name.split("."):
-        case ["blk", layer, part, "weight"]:
+        case ["blk", layer, part, "weight"] if part in parts:
             return f"model.layers.{layer}.{parts[part]}.weight"
-        case [part, "weight"]:
-            return f"model.{whole[part]}.weight"
-    raise ValueError(f"no tensor of a llama: {name!r}")
+        case [part, "weight"] if part in _WHOLE:
+            return f"model.{_WHOLE[part]}.weight"
+    raise ValueError(f"no tensor of this architecture: {name!r}")
 
 
 def _unpermute(rows: np.ndarray, n_heads: int) -> np.ndarray:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kvmlx.bench import baselines
+from kvmlx.bench.kvpress import Kvpress
 from kvmlx.bench.records import FULL, Fidelity, Results, Score, read
+from kvmlx.bench.report import report_plots
 from kvmlx.bench.statistics import Estimate
 from kvmlx.bench.summary import Drift, Name, Quality, difference, summarize
 from kvmlx.bench.types import Mode
+from kvmlx.strategy import Strategy
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 SHOWN = (
@@ -30,8 +36,6 @@ SHOWN = (
     "kvpress: leverage",
 )
 """What the README shows of many; docs/results/bench-demo.md has all."""
-EVICTING = ("snapkv", "tova", "keydiff", "knorm", "h2o", "expected_attention", "streaming", "random", "leverage")
-"""Our selectors by themselves."""
 SAME = {
     "kvpress: snapkv": "snapkv(sinks=0, recent=64, window=64, kernel=5)",
     "kvpress: tova": "tova",
@@ -77,7 +81,7 @@ def compared(results: Results, families: Sequence[str] = (), mode: Mode = "agnos
     """Return what was run, and a row for each family (all: none named) with a column for each compression."""
     summary = summarize(results.only(families))
     rows = {r.name: r for r in summary.pooled if r.mode == mode and r.complete and r.score is not None}
-    drifts = {d.name: d for d in summary.drifts}
+    drifts = {d.name: d for d in summary.drifts if mode == "agnostic"}
     targets = sorted({n.target for n in rows if n.target is not None})
     lines = []
     for family in families or dict.fromkeys(n.family for n in rows):
@@ -102,7 +106,11 @@ def _conditions(results: Results, rows: Sequence[Quality], mode: Mode) -> str:
     run = results.runs[-1]
     versions = ", ".join(f"{k} {v}" for k, v in run["machine"].items() if k not in ("cpu", "backend", "device"))
     when = "before the question is known" if mode == "agnostic" else "with the question at the end"
-    kl = "KL is that of the column 4x, or of the method as it is. " if results.of(Fidelity) else ""
+    kl = (
+        "KL is that of the column 4x, or of the method as it is. "
+        if mode == "agnostic" and results.of(Fidelity)
+        else ""
+    )
     return (
         f"{MODELS[run['settings']['model']]} in {run['settings']['dtype']}, {contexts} contexts of {lengths} tokens "
         f"({tasks}), compressed {when}. Scores with 95% intervals; ▼ marks what is worse than the full cache by its "
@@ -110,22 +118,33 @@ def _conditions(results: Results, rows: Sequence[Quality], mode: Mode) -> str:
     )
 
 
+def draw(path: Path) -> None:
+    """Write the README's picture, a PNG file."""
+    results = results_of("demo").only(SHOWN)
+    agnostic = [r for r in results.of(Score) if r.mode == "agnostic"]
+    with tempfile.TemporaryDirectory() as folder:
+        report_plots(Results(results.runs, agnostic), folder)
+        shutil.copyfile(Path(folder) / "quality.png", path)
+
+
 def presses(results: Results) -> str:
     """Return kvpress's presses beside ours on the same contexts: each of one name, and the best of both."""
     scores = [s for s in results.of(Score) if s.mode == "agnostic"]
     rows = {r.name: r for r in summarize(results).pooled if r.mode == "agnostic" and r.complete}
+    families = {n.family for n in rows}
+    ours = [f for f in families if baselines.parse(f) is None and not Kvpress.owns(f)]
     lines = []
-    for press, ours in SAME.items():
+    for press, same in SAME.items():
         for target in (2.0, 4.0):
-            theirs, mine = rows.get(Name(press, target)), rows.get(Name(ours, target))
-            lines.append([code(press), code(ours), f"{target:g}x", *_both(scores, theirs, mine)])
-    for title, families in (
-        ("best, eviction alone", [f for f in {n.family for n in rows} if f.startswith(EVICTING) and " | " not in f]),
-        ("best of all", [f for f in {n.family for n in rows} if not f.startswith(("kvpress", "mlx-lm", FULL))]),
+            theirs, mine = rows.get(Name(press, target)), rows.get(Name(same, target))
+            lines.append([code(press), code(same), f"{target:g}x", *_both(scores, theirs, mine)])
+    for title, candidates in (
+        ("best, eviction alone", [f for f in ours if not Strategy.parse(f).encodes]),
+        ("best of all", ours),
     ):
         for target in (2.0, 4.0):
-            theirs = _best(rows, [f for f in {n.family for n in rows} if f.startswith("kvpress")], target)
-            mine = _best(rows, families, target)
+            theirs = _best(rows, filter(Kvpress.owns, families), target)
+            mine = _best(rows, candidates, target)
             names = [f"{title}: {code(r.name.family)}" if r else "" for r in (theirs, mine)]
             lines.append([names[0], names[1], f"{target:g}x", *_both(scores, theirs, mine)])
     return table(["kvpress", "kvmlx", "", "theirs", "ours", "ours - theirs"], lines)

