@@ -249,6 +249,41 @@ def test_an_answer_is_greedy_and_stops_before_the_end(engine: BenchEngine) -> No
         engine.answer(engine.prefill(CONTEXT, "full"), [], 6)
 
 
+@pytest.mark.parametrize("name", ["full", "snapkv", "h2o", "adakv", "keepkv", "kivi", "every", "encoded", "bounded"])
+def test_questions_that_are_answered_together_are_answered_as_alone(engine: BenchEngine, name: str) -> None:
+    method = (AT_END | EARLY)[name]
+    state = engine.prefill(CONTEXT, method)
+    questions, most = [tokens(n, seed=n) for n in (3, 1, 40, 9)], [9, 2, 20, 1]
+    alone = [engine.answer(engine.copy(state), q, n) for q, n in zip(questions, most, strict=True)]
+    assert [len(said) for said in alone] == most
+    assert list(engine.answers(engine.copy(state), questions, most)) == alone
+    end = alone[2][7]
+    ends = Ends(frozenset({end}), end)
+    engine.tokenizer, before = ends, engine.tokenizer
+    try:
+        cut = [said[: said.index(end)] if end in said else said for said in alone]
+        assert list(engine.answers(state, questions, most)) == cut
+    finally:
+        engine.tokenizer = before
+
+
+def test_answers_are_decoded_together_as_far_as_memory_goes(
+    mlx_engine: BenchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = mlx_engine.prefill(CONTEXT, "full")
+    nbytes = mlx_engine.sizes(state)[0]
+    fed: list[tuple[int, ...]] = []
+    feed = mlx_engine._feed
+    monkeypatch.setattr(mlx_engine, "_feed", lambda caches, x: (fed.append(np.array(x).shape), feed(caches, x))[1])
+    questions = [QUESTION] * 5
+    whole = list(mlx_engine.answers(mlx_engine.copy(state), questions, [3] * 5))
+    assert fed == [(1, 9)] * 5 + [(5, 1)] * 2
+    fed.clear()
+    monkeypatch.setattr("kvmlx.bench.engine.TOGETHER_BYTES", 2 * nbytes + 1)
+    assert list(mlx_engine.answers(state, questions, [3] * 5)) == whole
+    assert fed == 2 * ([(1, 9)] * 2 + [(2, 1)] * 2) + [(1, 9)] + [(1, 1)] * 2
+
+
 @pytest.mark.parametrize("name", ["full", "snapkv", "encoded"])
 def test_forced_gives_distributions_as_the_cache_gives_them(engine: BenchEngine, name: str) -> None:
     method = (AT_END | EARLY)[name]
@@ -297,7 +332,9 @@ def test_baselines_run_and_change_something(framework: str) -> None:
         other = list(engine.forced(engine.copy(state), QUESTION))
         drift = max(float(np.abs(a - b).max()) for a, b in zip(full, other, strict=True))
         assert drift > 1e-3
-        assert engine.answer(state, QUESTION, 5) == engine.answer(copied, QUESTION, 5)
+        said = engine.answer(engine.copy(state), QUESTION, 5)
+        assert list(engine.answers(state, [QUESTION, QUESTION[:4]], [5, 2]))[0] == said
+        assert engine.answer(copied, QUESTION, 5) == said
 
 
 def test_methods_that_cannot_run_are_refused_by_name(engine: BenchEngine) -> None:

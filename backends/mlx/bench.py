@@ -105,6 +105,17 @@ class MLXBench(BenchEngine):
     def _stop_tokens(self) -> frozenset[int]:
         return frozenset(self.tokenizer.eos_token_ids)
 
+    def _joins(self, caches: list[Any]) -> bool:
+        return all(type(c) in (KVMLXCache, stock.KVCache) for c in _flat(caches))
+
+    def _joined(self, caches: Sequence[list[Any]]) -> list[Any]:
+        return [type(same[0]).merge(same) for same in zip(*caches, strict=True)]
+
+    def _picked(self, caches: list[Any], rows: Sequence[int]) -> list[Any]:
+        for cache in caches:
+            cache.filter(mx.array(rows))
+        return caches
+
     # -- bytes ----------------------------------------------------------------------------------------------------
 
     def _nbytes(self, caches: list[Any]) -> int:

@@ -23,6 +23,8 @@ from kvmlx.types import KVMLXError, StrategyError
 
 CHUNK = 512
 """Tokens of a context that are processed at a time."""
+TOGETHER_BYTES = 2 << 30
+"""Most bytes of caches of questions that are answered together."""
 WARM_TOKENS, WARM_STEPS = 64, 2
 """Length of the run that compiles what a CPU compiles, before anything is timed."""
 
@@ -148,6 +150,18 @@ class BenchEngine(ABC):
     def _wait(self) -> None:
         """Wait until the device has nothing left to do."""
 
+    def _joins(self, caches: Any) -> bool:
+        """Whether copies of these caches can be joined into those of a batch."""
+        return False
+
+    def _joined(self, caches: Sequence[Any]) -> Any:
+        """Return the caches of a batch with a sequence of each of these."""
+        raise NotImplementedError
+
+    def _picked(self, caches: Any, rows: Sequence[int]) -> Any:
+        """Return joined caches with these sequences only."""
+        raise NotImplementedError
+
     @abstractmethod
     def _nbytes(self, caches: Any) -> int:
         """Return the bytes that all the caches say they hold."""
@@ -268,17 +282,43 @@ class BenchEngine(ABC):
 
         The state is used up. Stops before an end token, which is not returned.
         """
-        out: list[int] = []
-        ends = self._stop_tokens()
-        token = self._greedy(self._ask(state.caches, tokens))
-        while len(out) < max_tokens:
-            number = int(self._host(token)[0, 0])
-            if number in ends:
-                break
-            out.append(number)
-            if len(out) < max_tokens:
-                token = self._greedy(self._feed(state.caches, token))
-        return out
+        return self._decode([state.caches], [tokens], [max_tokens])[0]
+
+    def answers(
+        self, state: Filled, questions: Sequence[Sequence[int]], max_tokens: Sequence[int]
+    ) -> Iterator[list[int]]:
+        """Answer several questions as `answer` does, each on a copy of one state, which is used up.
+
+        Where the framework joins caches, as many as fit into `TOGETHER_BYTES` decode as one batch.
+        """
+        each = 1 if not self._joins(state.caches) else max(1, TOGETHER_BYTES // max(1, self._nbytes(state.caches)))
+        for start in range(0, len(questions), each):
+            asked = questions[start : start + each]
+            last = start + len(asked) == len(questions)
+            copies = [self._copied(state.caches) for _ in range(len(asked) - last)]
+            copies += [state.caches] * last
+            yield from self._decode(copies, asked, max_tokens[start : start + each])
+
+    def _decode(self, caches: list[Any], questions: Sequence[Sequence[int]], most: Sequence[int]) -> list[list[int]]:
+        """Feed each question to its own caches, then decode all of them together."""
+        first = [self._host(self._greedy(self._ask(c, q))) for c, q in zip(caches, questions, strict=True)]
+        together = caches[0] if len(caches) == 1 else self._joined(caches)
+        caches.clear()
+        said: list[list[int]] = [[] for _ in questions]
+        ends, going = self._stop_tokens(), list(range(len(questions)))
+        shown = token = np.concatenate(first)
+        while True:
+            for i, number in zip(going, shown[:, 0].tolist(), strict=True):
+                if number not in ends:
+                    said[i].append(number)
+            stay = [row for row, i in enumerate(going) if shown[row, 0] not in ends and len(said[i]) < most[i]]
+            if not stay:
+                return said
+            if len(stay) < len(going):
+                together, going = self._picked(together, stay), [going[row] for row in stay]
+                token = shown[stay]
+            token = self._greedy(self._feed(together, token))
+            shown = self._host(token)
 
     def _ask(self, caches: Any, tokens: Sequence[int]) -> Any:
         if not tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -203,22 +203,18 @@ class Runner:
             self.file.add(Score(subject, *place[:3], index, i, depth, points, response, question.answers))
 
     def _answers(self, contexts: Contexts, index: int, method: str, missing: Sequence[int]) -> Iterable[list[int]]:
-        questions = contexts.sample(index).questions
-        prompts = {i: contexts.prompt(index, i) for i in missing}
-        most = {i: self._most(questions[i]) for i in missing}
+        """Return the answers to the missing questions, in order."""
+        prompts = [contexts.prompt(index, i) for i in range(len(contexts.sample(index).questions))]
+        most = [self._most(q) for q in contexts.sample(index).questions]
         if Kvpress.owns(method):
             assert self.presses is not None
-            return list(self.presses.answers(method, list(prompts.values()), list(most.values())))
-
-        def each() -> Iterator[list[int]]:
-            state: State = None
-            for i in missing:
-                if state is None or contexts.mode == "aware":
-                    state = contexts.compressed(index, i, method)
-                mine = state if i == missing[-1] or contexts.mode == "aware" else self.engine.copy(state)
-                yield self.engine.answer(mine, prompts[i].question, most[i])
-
-        return each()
+            return list(self.presses.answers(method, [prompts[i] for i in missing], [most[i] for i in missing]))
+        if contexts.mode == "aware":
+            asked = ((contexts.compressed(index, i, method), prompts[i].question, most[i]) for i in missing)
+            return (self.engine.answer(*each) for each in asked)
+        # All of them, those that are there already too: who decodes together decides how sums are rounded.
+        answers = self.engine.answers(contexts.compressed(index, 0, method), [p.question for p in prompts], most)
+        return (tokens for i, tokens in enumerate(answers) if i in missing)
 
     def _most(self, question: Question) -> int:
         return min(question.max_tokens, self.config.max_tokens)

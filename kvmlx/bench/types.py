@@ -104,15 +104,17 @@ class Engine(Protocol):
         """Prefill from nothing through the method's own caches, in chunks, and complete it as `compress` does."""
         ...
 
-    def copy(self, state: State) -> State:
-        """Return an independent copy."""
-        ...
-
     def answer(self, state: State, tokens: Sequence[int], max_tokens: int) -> list[int]:
         """Feed a question's tokens, none of which makes the method select again, and go on greedily.
 
         The state is used up. Stops before an end token, which is not returned.
         """
+        ...
+
+    def answers(
+        self, state: State, questions: Sequence[Sequence[int]], max_tokens: Sequence[int]
+    ) -> Iterator[list[int]]:
+        """Answer several questions as `answer` does, each on a copy of one state, which is used up."""
         ...
 
     def forced(self, state: State, tokens: Sequence[int]) -> Iterator[np.ndarray]:
