@@ -9,10 +9,11 @@ from pathlib import Path
 
 from kvmlx.bench import baselines
 from kvmlx.bench.kvpress import Kvpress
-from kvmlx.bench.records import FULL, Fidelity, Results, Score, read
+from kvmlx.bench.records import FULL, Costs, Fidelity, Results, Score, read
 from kvmlx.bench.report import report_plots
+from kvmlx.bench.report.words import megabytes, times
 from kvmlx.bench.statistics import Estimate
-from kvmlx.bench.summary import Drift, Name, Quality, difference, summarize
+from kvmlx.bench.summary import Drift, Name, Quality, difference, label, summarize
 from kvmlx.bench.types import Mode
 from kvmlx.strategy import Strategy
 
@@ -103,8 +104,6 @@ def _conditions(results: Results, rows: Sequence[Quality], mode: Mode) -> str:
     contexts = max(r.score.samples for r in rows if r.score is not None)
     tasks = ", ".join(f"`{t.task}`" for t in rows[0].tasks if t.informative)
     lengths = " and ".join(f"{n:,}" for n in sorted({r.length for r in results.of(Score)}))
-    run = results.runs[-1]
-    versions = ", ".join(f"{k} {v}" for k, v in run["machine"].items() if k not in ("cpu", "backend", "device"))
     when = "before the question is known" if mode == "agnostic" else "with the question at the end"
     kl = (
         "KL is that of the column 4x, or of the method as it is. "
@@ -112,10 +111,59 @@ def _conditions(results: Results, rows: Sequence[Quality], mode: Mode) -> str:
         else ""
     )
     return (
-        f"{MODELS[run['settings']['model']]} in {run['settings']['dtype']}, {contexts} contexts of {lengths} tokens "
+        f"{_model(results)}, {contexts} contexts of {lengths} tokens "
         f"({tasks}), compressed {when}. Scores with 95% intervals; ▼ marks what is worse than the full cache by its "
-        f"paired interval. {kl}{run['machine']['cpu']}, {versions}."
+        f"paired interval. {kl}{_machine(results)}."
     )
+
+
+def _model(results: Results) -> str:
+    settings = results.runs[-1]["settings"]
+    return f"{MODELS[settings['model']]} in {settings['dtype']}"
+
+
+def _machine(results: Results) -> str:
+    machine = results.runs[-1]["machine"]
+    return ", ".join(
+        [machine["cpu"], *(f"{k} {v}" for k, v in machine.items() if k not in ("cpu", "backend", "device"))]
+    )
+
+
+def costs(results: Results) -> str:
+    """Return what was run, and bytes and times of each method beside those of the full cache."""
+    rows = summarize(results).costs
+    records = results.of(Costs)
+    lengths = " and ".join(f"{n:,}" for n in sorted({c.length for c in rows}))
+    runs, steps = (
+        {len(times) for times in found} for found in ([c.ttft_s for c in records], [c.step_s for c in records])
+    )
+    lines = [
+        [
+            code(label(c.name)),
+            str(c.batch),
+            megabytes(c.nbytes),
+            "" if c.held_of_nbytes is None else f"{c.held_of_nbytes:.3f}",
+            megabytes(c.peak_bytes),
+            *_times(c.ttft_s, c.ttft_of_full),
+            *_times(c.tokens_per_s, c.speed_of_full),
+        ]
+        for c in sorted(rows, key=lambda c: (c.batch, c.length))
+    ]
+    header = ["method", "batch", "MB", "held / MB", "peak MB"]
+    header += ["first token, s", "x full", "tokens/s", "x full"]
+    return (
+        f"{_model(results)}, {lengths} tokens. MB is what the cache reports after the prompt, exact rows in the "
+        "model's own type; held is what the allocator has given out for it, peak the most during prefill beyond the "
+        f"weights. Times are medians with quartiles of {min(runs)} prompts and {min(steps)} decoding steps. "
+        f"{_machine(results)}.\n\n{table(header, lines)}"
+    )
+
+
+def _times(quartiles: tuple[float, float, float] | None, of_full: float | None) -> list[str]:
+    if quartiles is None:
+        return ["", ""]
+    low, middle, high = quartiles
+    return [f"{middle:.1f} ({low:.1f} to {high:.1f})", times(of_full)]
 
 
 def draw(path: Path) -> None:

@@ -248,6 +248,10 @@ def render_aware() -> str:
     return bench_tables.compared(bench_tables.results_of("demo"), mode="aware")
 
 
+def render_costs() -> str:
+    return bench_tables.costs(bench_tables.results_of("demo"))
+
+
 def render_fresh() -> str:
     return bench_tables.compared(bench_tables.results_of("fresh"))
 
@@ -298,6 +302,7 @@ BLOCKS: dict[tuple[Path, str], Block] = {
     (README, "compared"): render_compared,
     (README, "agreement"): render_agreement,
     (BENCH, "aware"): render_aware,
+    (BENCH, "costs"): render_costs,
     (BENCH, "fresh"): render_fresh,
     (BENCH, "second"): render_second,
     (BENCH, "presses"): render_presses,

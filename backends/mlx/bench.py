@@ -113,7 +113,7 @@ class MLXBench(BenchEngine):
 
     def _picked(self, caches: list[Any], rows: Sequence[int]) -> list[Any]:
         for cache in caches:
-            cache.filter(mx.array(rows))
+            cache.filter(mx.array(list(rows)))
         return caches
 
     # -- bytes ----------------------------------------------------------------------------------------------------
