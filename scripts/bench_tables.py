@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from kvmlx.bench import baselines
 from kvmlx.bench.kvpress import Kvpress
-from kvmlx.bench.records import FULL, Costs, Fidelity, Results, Score, read
+from kvmlx.bench.records import FULL, Costs, Results, Score, read
 from kvmlx.bench.report import report_plots
 from kvmlx.bench.report.words import megabytes, times
 from kvmlx.bench.statistics import Estimate
-from kvmlx.bench.summary import Drift, Name, Quality, difference, label, summarize
+from kvmlx.bench.summary import Drift, Name, Quality, Summary, difference, label, name_of, summarize
 from kvmlx.bench.types import Mode
 from kvmlx.strategy import Strategy
 
+T = TypeVar("T")
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 SHOWN = (
     FULL,
@@ -78,10 +80,16 @@ def score(row: Quality | None) -> str:
     return number(row.score) + {"worse": " ▼", "better": " ▲"}.get(row.verdict or "", "")
 
 
-def compared(results: Results, families: Sequence[str] = (), mode: Mode = "agnostic") -> str:
-    """Return what was run, and a row for each family (all: none named) with a column for each compression."""
+def compared(
+    results: Results, families: Sequence[str] = (), mode: Mode = "agnostic", several: Results | None = None
+) -> str:
+    """Return what was run, and a row for each family (all: none named) with a column for each compression.
+
+    Scores of ``several``, questions about one context, are one more column.
+    """
     summary = summarize(results.only(families))
-    rows = {r.name: r for r in summary.pooled if r.mode == mode and r.complete and r.score is not None}
+    rows = _complete(summary, mode)
+    asked = {} if several is None else _complete(summarize(several), mode)
     drifts = {d.name: d for d in summary.drifts if mode == "agnostic"}
     targets = sorted({n.target for n in rows if n.target is not None})
     lines = []
@@ -90,30 +98,40 @@ def compared(results: Results, families: Sequence[str] = (), mode: Mode = "agnos
         cells = [score(rows.get(Name(family, t))) for t in (None, *targets)]
         kept = "" if alone is None else f"{alone.ratio:.2f}"
         kl = [_kl(drifts, family)] if drifts else []
-        lines.append([code(family), kept, *cells, *kl])
-    header = ["method", "keeps", "as it is", *(f"{t:g}x" for t in targets), *(["KL"] if drifts else [])]
-    return f"{_conditions(results, list(rows.values()), mode)}\n\n{table(header, lines)}"
+        lines.append([code(family), kept, *cells, *([score(at_4x(asked, family))] if asked else []), *kl])
+    header = ["method", "keeps", "as it is", *(f"{t:g}x" for t in targets)]
+    header += ["eight questions"] * bool(asked) + ["KL"] * bool(drifts)
+    return f"{_conditions(results, list(rows.values()), mode, several)}\n\n{table(header, lines)}"
+
+
+def _complete(summary: Summary, mode: Mode) -> dict[Name, Quality]:
+    return {r.name: r for r in summary.pooled if r.mode == mode and r.complete and r.score is not None}
+
+
+def at_4x(found: Mapping[Name, T], family: str) -> T | None:
+    """Return what was found of a family, as it is or at 4x."""
+    return found.get(Name(family, None), found.get(Name(family, 4.0)))
 
 
 def _kl(drifts: dict[Name, Drift], family: str) -> str:
-    found = [drifts.get(Name(family, t)) for t in (None, 4.0)]
-    return next((f"{d.kl.value:.4f}" for d in found if d is not None and not d.name.full), "")
+    found = at_4x(drifts, family)
+    return "" if found is None or found.name.full else f"{found.kl.value:.4f}"
 
 
-def _conditions(results: Results, rows: Sequence[Quality], mode: Mode) -> str:
+def _conditions(results: Results, rows: Sequence[Quality], mode: Mode, several: Results | None) -> str:
     contexts = max(r.score.samples for r in rows if r.score is not None)
     tasks = ", ".join(f"`{t.task}`" for t in rows[0].tasks if t.informative)
     lengths = " and ".join(f"{n:,}" for n in sorted({r.length for r in results.of(Score)}))
     when = "before the question is known" if mode == "agnostic" else "with the question at the end"
-    kl = (
-        "KL is that of the column 4x, or of the method as it is. "
-        if mode == "agnostic" and results.of(Fidelity)
-        else ""
-    )
+    more = ""
+    if several is not None:
+        contexts_asked = len({s.sample for s in several.of(Score)})
+        more += f"Eight questions are asked of each of {contexts_asked} other contexts (`several_questions`), "
+        more += "KL is the drift of continued prose; both are those of 4x, or of the method as it is. "
     return (
         f"{_model(results)}, {contexts} contexts of {lengths} tokens "
         f"({tasks}), compressed {when}. Scores with 95% intervals; ▼ marks what is worse than the full cache by its "
-        f"paired interval. {kl}{_machine(results)}."
+        f"paired interval. {more}{_machine(results)}."
     )
 
 
@@ -175,45 +193,43 @@ def draw(path: Path) -> None:
         shutil.copyfile(Path(folder) / "quality.png", path)
 
 
-def presses(results: Results) -> str:
+def presses(results: Results, targets: Sequence[float]) -> str:
     """Return kvpress's presses beside ours on the same contexts: each of one name, and the best of both."""
     scores = [s for s in results.of(Score) if s.mode == "agnostic"]
-    rows = {r.name: r for r in summarize(results).pooled if r.mode == "agnostic" and r.complete}
+    rows = _complete(summarize(results), "agnostic")
     families = {n.family for n in rows}
     ours = [f for f in families if baselines.parse(f) is None and not Kvpress.owns(f)]
+    evicting = [f for f in ours if not Strategy.parse(f).encodes]
     lines = []
     for press, same in SAME.items():
-        for target in (2.0, 4.0):
+        for target in targets:
             theirs, mine = rows.get(Name(press, target)), rows.get(Name(same, target))
-            lines.append([code(press), code(same), f"{target:g}x", *_both(scores, theirs, mine)])
-    for title, candidates in (
-        ("best, eviction alone", [f for f in ours if not Strategy.parse(f).encodes]),
-        ("best of all", ours),
-    ):
-        for target in (2.0, 4.0):
+            if theirs and mine:
+                lines.append([code(press), code(same), f"{target:g}x", *_both(scores, theirs, mine)])
+    for title, candidates in (("best, eviction alone", evicting), ("best of all", ours)):
+        for target in targets:
             theirs = _best(rows, filter(Kvpress.owns, families), target)
             mine = _best(rows, candidates, target)
-            names = [f"{title}: {code(r.name.family)}" if r else "" for r in (theirs, mine)]
-            lines.append([names[0], names[1], f"{target:g}x", *_both(scores, theirs, mine)])
+            if theirs and mine:
+                names = [f"{title}: {code(r.name.family)}" for r in (theirs, mine)]
+                lines.append([names[0], names[1], f"{target:g}x", *_both(scores, theirs, mine)])
     return table(["kvpress", "kvmlx", "", "theirs", "ours", "ours - theirs"], lines)
 
 
 def _best(rows: dict[Name, Quality], families: Iterable[str], target: float) -> Quality | None:
     found = [rows[Name(f, target)] for f in sorted(families) if Name(f, target) in rows]
-    return max((r for r in found if r.score is not None), key=lambda r: r.score.value if r.score else 0.0, default=None)
+    return max(found, key=_value, default=None)
 
 
-def _both(scores: Sequence[Score], theirs: Quality | None, mine: Quality | None) -> list[str]:
-    if theirs is None or mine is None or theirs.score is None or mine.score is None:
-        return ["", "", ""]
-    tasks = {(t.task) for t in mine.tasks if t.informative}
-    a, b = (
-        [
-            s
-            for s in scores
-            if (s.subject.family, s.subject.target) == (r.name.family, r.name.target) and s.task in tasks
-        ]
-        for r in (mine, theirs)
-    )
+def _value(row: Quality) -> float:
+    return row.score.value if row.score else 0.0
+
+
+def _both(scores: Sequence[Score], theirs: Quality, mine: Quality) -> list[str]:
+    tasks = {t.task for t in mine.tasks if t.informative}
+    a, b = ([s for s in scores if name_of(s.subject) == r.name and s.task in tasks] for r in (mine, theirs))
     paired = difference(a, b)
-    return [number(theirs.score), number(mine.score), "" if paired is None else number(paired, signed=True)]
+    return [
+        *(number(r.score) for r in (theirs, mine) if r.score),
+        "" if paired is None else number(paired, signed=True),
+    ]

@@ -241,7 +241,16 @@ def render_agreement() -> str:
 
 
 def render_compared() -> str:
-    return bench_tables.compared(bench_tables.results_of("demo"), bench_tables.SHOWN)
+    results, several = bench_tables.results_of("demo"), bench_tables.results_of("several")
+    return bench_tables.compared(results, bench_tables.SHOWN, several=several)
+
+
+def render_several() -> str:
+    return bench_tables.compared(bench_tables.results_of("several"))
+
+
+def render_several_best() -> str:
+    return bench_tables.presses(bench_tables.results_of("several"), (4, 8))
 
 
 def render_aware() -> str:
@@ -272,7 +281,7 @@ def whole() -> str:
 
 
 def render_presses() -> str:
-    return bench_tables.presses(bench_tables.results_of("demo"))
+    return bench_tables.presses(bench_tables.results_of("demo"), (2, 4))
 
 
 def render_counted() -> str:
@@ -303,6 +312,8 @@ BLOCKS: dict[tuple[Path, str], Block] = {
     (README, "agreement"): render_agreement,
     (BENCH, "aware"): render_aware,
     (BENCH, "costs"): render_costs,
+    (BENCH, "several"): render_several,
+    (BENCH, "several_best"): render_several_best,
     (BENCH, "fresh"): render_fresh,
     (BENCH, "second"): render_second,
     (BENCH, "presses"): render_presses,
