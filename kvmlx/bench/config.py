@@ -29,7 +29,7 @@ DEFAULT_STRATEGIES = (
     "smaller",
     "tiny",
 )
-DEFAULT_TASKS = ("niah_single_2", "niah_multikey_1", "niah_multivalue", "several_questions")
+DEFAULT_TASKS = ("niah_single_2", "niah_multikey_1", "several_questions")
 
 
 @dataclass(frozen=True, slots=True)
