@@ -81,7 +81,7 @@ def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 _NAME = r"[a-z_][a-z_0-9]*"
 _STAGE = rf"{_NAME}(?:\([^()`]*\))?"
 _STRATEGY = re.compile(rf"{_STAGE}(?: \| {_STAGE})*")
-_QUOTED = re.compile(r"""(?:--kv|make_prompt_cache\(\w+,|kvmlx explain) (?:"([^"<]+)"|(?!["S])(\S+))""")
+_QUOTED = re.compile(r"""(?:--kv|make_prompt_cache\(\w+,|kvmlx explain) (?:"([^"<]+)"|'([^']+)'|(?!["'S])(\S+))""")
 
 
 def test_readme_example_for_transformers_runs(
@@ -105,8 +105,8 @@ def strategies_in(text: str) -> Iterator[str]:
         known = first in STAGES or first in ALIASES or first in PRESETS
         if known and ("(" in span or "|" in span) and _STRATEGY.fullmatch(span):
             yield span
-    for quoted, bare in _QUOTED.findall(text):
-        yield quoted or bare.rstrip("`,.")
+    for double, single, bare in _QUOTED.findall(text):
+        yield double or single or bare.rstrip("`,.")
 
 
 @per_page
