@@ -12,7 +12,8 @@ from kvmlx.bench import baselines
 from kvmlx.bench.kvpress import Kvpress
 from kvmlx.bench.records import FULL, Costs, Results, Score, read
 from kvmlx.bench.report import report_plots
-from kvmlx.bench.report.words import megabytes, times
+from kvmlx.bench.report.about import facts
+from kvmlx.bench.report.words import MARKS, megabytes, times
 from kvmlx.bench.statistics import Estimate
 from kvmlx.bench.summary import Drift, Name, Quality, Summary, difference, label, name_of, summarize
 from kvmlx.bench.types import Mode
@@ -77,7 +78,7 @@ def number(estimate: Estimate, *, signed: bool = False) -> str:
 def score(row: Quality | None) -> str:
     if row is None or row.score is None:
         return ""
-    return number(row.score) + {"worse": " ▼", "better": " ▲"}.get(row.verdict or "", "")
+    return number(row.score) + ("" if row.verdict in (None, "same") else f" {MARKS[row.verdict]}")
 
 
 def compared(
@@ -141,10 +142,8 @@ def _model(results: Results) -> str:
 
 
 def _machine(results: Results) -> str:
-    machine = results.runs[-1]["machine"]
-    return ", ".join(
-        [machine["cpu"], *(f"{k} {v}" for k, v in machine.items() if k not in ("cpu", "backend", "device"))]
-    )
+    machine, _, _ = facts(results)
+    return ", ".join(v if k == "cpu" else f"{k} {v}" for k, v in machine if k not in ("backend", "device"))
 
 
 def costs(results: Results) -> str:

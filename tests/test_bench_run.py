@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,29 @@ def test_an_interruption_loses_nothing(tmp_path: Path, calls: int) -> None:
     assert read(tmp_path / "r.jsonl").records == read(tmp_path / "whole.jsonl").records
     answered = sum(e.count("answer") for e in (engine, again))
     assert answered <= whole.count("answer") + 1, "at most the answer that was cut off is asked for again"
+
+
+class Numbering(Engine):
+    """Says the question's number too."""
+
+    def answer(self, state: Any, tokens: Sequence[int], max_tokens: int) -> list[int]:
+        return [*super().answer(state, tokens, max_tokens), tokens[1]]
+
+
+@pytest.mark.parametrize("calls", range(2, 12))
+def test_an_interruption_between_questions_asks_their_batch_again(tmp_path: Path, calls: int) -> None:
+    config = CONFIG.but({"tasks": ["several"], "measures": ["scores"], "samples": 1})
+    run(tmp_path / "whole.jsonl", config, Numbering())
+    engine = Numbering()
+    engine.stop_after = calls
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r.jsonl", config, engine)
+    cut = read(tmp_path / "r.jsonl").of(Score)
+    again = run(tmp_path / "r.jsonl", config, Numbering())
+    assert read(tmp_path / "r.jsonl").records == read(tmp_path / "whole.jsonl").records
+    whole = {s.subject.method for s in cut if sum(t.subject == s.subject for t in cut) == 3}
+    asked = Counter(call[1] for call in again.calls if call[0] == "answer")
+    assert set(asked.values()) == {3} and not whole & set(asked)
 
 
 def test_tasks_that_the_full_cache_fails_are_left_to_it(tmp_path: Path) -> None:
